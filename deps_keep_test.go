@@ -1,0 +1,28 @@
+package keyfleet_test
+
+import (
+	_ "filippo.io/age"
+	_ "github.com/creack/pty"
+	_ "github.com/go-chi/chi/v5"
+	_ "github.com/go-json-experiment/json"
+	_ "github.com/go-jose/go-jose/v4"
+	_ "github.com/google/go-cmp/cmp"
+	_ "github.com/jmespath-community/go-jmespath"
+	_ "github.com/lmittmann/tint"
+	_ "github.com/prometheus/client_golang/prometheus/promhttp"
+	_ "github.com/rogpeppe/go-internal/testscript"
+	_ "github.com/smallstep/pkcs7"
+	_ "github.com/spf13/cobra"
+	_ "github.com/tink-crypto/tink-go/v2/aead"
+	_ "go.etcd.io/etcd/client/v3/concurrency"
+	_ "go.etcd.io/etcd/server/v3/embed"
+	_ "go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+	_ "golang.org/x/sync/errgroup"
+	_ "golang.org/x/sys/unix"
+	_ "golang.org/x/term"
+	_ "golang.org/x/time/rate"
+	_ "k8s.io/client-go/util/workqueue"
+	_ "pgregory.net/rapid"
+	_ "sigs.k8s.io/yaml"
+	_ "software.sslmate.com/src/go-pkcs12"
+)

@@ -1,0 +1,57 @@
+//go:build killpoints && !windows
+
+package effect
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+)
+
+// The environment of a process under test:
+//
+//	KEYFLEET_EFFECT_LOG   file to which every effect appends "N name\n" before it happens
+//	KEYFLEET_KILL_AT      "before:N", "after:N", "before:NAME" or "after:NAME" (first effect of
+//	                      that name); empty: never
+//	KEYFLEET_KILL_ONCE    file made just before dying; if it exists, the process does not die again
+var state struct {
+	sync.Mutex
+	n int
+}
+
+// Do performs one outside effect, and dies before or after it if told so.
+func Do(name string, fn func() error) error {
+	state.Lock()
+	state.n++
+	n := state.n
+	state.Unlock()
+	if p := os.Getenv("KEYFLEET_EFFECT_LOG"); p != "" {
+		if f, err := os.OpenFile(p, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600); err == nil {
+			fmt.Fprintf(f, "%d %s\n", n, name)
+			f.Close()
+		}
+	}
+	die("before", n, name)
+	err := fn()
+	die("after", n, name)
+	return err
+}
+
+func die(when string, n int, name string) {
+	at, what, ok := strings.Cut(os.Getenv("KEYFLEET_KILL_AT"), ":")
+	if !ok || at != when || (what != strconv.Itoa(n) && what != name) {
+		return
+	}
+	if once := os.Getenv("KEYFLEET_KILL_ONCE"); once != "" {
+		f, err := os.OpenFile(once, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		if err != nil {
+			return
+		}
+		f.Close()
+	}
+	_ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL)
+	select {}
+}
