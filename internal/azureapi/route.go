@@ -1,6 +1,7 @@
 package azureapi
 
 import (
+	"net"
 	"net/http"
 
 	"keyfleet.dev/keyfleet/api/arm"
@@ -46,7 +47,10 @@ type Request struct {
 	Version string // api-version as sent; one of Route.Versions
 	Host    Host
 	ID      string // request id
-	params  map[string]string
+
+	params    map[string]string
+	path      string
+	endpoints Endpoints
 }
 
 // Host is the parsed host of a request.
@@ -55,6 +59,8 @@ type Host struct {
 	Name    string // vault or account; lower case; empty for arm and login
 	Region  string // of a batch host
 	Suffix  string // what follows, with the port: "vault.keyfleet.internal:8443"
+
+	prefix string // path prefix by which the surface was reached; usually empty
 }
 
 // Param returns a path parameter in the caller's casing, percent-decoded.
@@ -69,6 +75,11 @@ type Reply struct {
 	Status int // zero: 200
 	Header http.Header
 	Body   any // marshalled as JSON
+
+	// Upgrade, if set, gets the connection after a 101 answer with Protocol, and
+	// owns it until it returns. Status and Body are then not used.
+	Upgrade  func(conn net.Conn)
+	Protocol string
 }
 
 // OK answers 200 with a body.
