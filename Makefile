@@ -1,0 +1,40 @@
+# Keyfleet. Two commands matter: make demo, make test.
+#
+# Needs make and Go (see go.mod for the version); everything else is fetched by
+# Go's own tools or, for the heavier tests, installed by build/setup (as root).
+
+SHELL      := /bin/sh
+GO         ?= go
+VERSION    ?= 0.1.0
+LDFLAGS    := -s -w -X main.version=$(VERSION)
+GOBUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+PROGRAMS   := keyfleet keyfleet-server keyfleet-agent keyfleet-keyvault-extension
+KV_VERSION := 3.0.$(lastword $(subst ., ,$(VERSION)))
+KV_PACKAGE := bin/packages/Microsoft.Azure.KeyVault.KeyVaultForLinux-$(KV_VERSION).zip
+
+.PHONY: build demo test bench fuzz dist clean
+
+build: ## build all programs and the extension package into bin/
+	@mkdir -p bin/packages
+	$(GOBUILD) -o bin/ $(PROGRAMS:%=./cmd/%)
+	@rm -f bin/packages/*.zip
+	$(GO) run ./build/package-extension -binary bin/keyfleet-keyvault-extension -version $(KV_VERSION) -out $(KV_PACKAGE)
+
+demo: build ## the main job: a certificate reaches three nodes and renews itself there
+	@CGO_ENABLED=0 $(GO) build -buildvcs=false -o bin/demo ./demo
+	@bin/demo
+
+test: ## everything; SHORT=1 leaves out what takes minutes
+	@GO='$(GO)' SHORT='$(SHORT)' sh build/test
+
+bench: build ## the figures of the README
+	@GO='$(GO)' sh build/bench
+
+fuzz: ## every fuzz target for FUZZTIME each (default 10s)
+	@GO='$(GO)' FUZZTIME='$(FUZZTIME)' sh build/fuzz
+
+dist: ## release binaries for the platforms we build for
+	@GO='$(GO)' LDFLAGS='$(LDFLAGS)' VERSION='$(VERSION)' sh build/dist
+
+clean:
+	rm -rf bin dist
