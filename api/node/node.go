@@ -3,9 +3,12 @@
 // own protocol, over mutual TLS; everything in it is also documented in
 // docs/node-protocol.md. It is a leaf.
 //
+//	GET  /v1/ca           the CA in PEM                   (no client certificate; compare with the hash you were given)
 //	POST /v1/enrol        EnrolRequest -> EnrolResponse   (join token, no client certificate)
 //	POST /v1/renew        RenewRequest -> RenewResponse
-//	GET  /v1/watch        a stream of lines, one goroutine a node: "rev N", "session ID KIND", "ping"
+//	GET  /v1/watch        a stream of lines, one goroutine a node: "rev N", "session ID KIND", "logs"
+//	                                                      (upload log tails now), "retry SECONDS" (spread the next
+//	                                                      connect over so long), "ping"
 //	GET  /v1/goal         GoalState (ETag = revision)
 //	POST /v1/status       StatusReport -> 204
 //	POST /v1/token        TokenRequest -> TokenResponse   (a token of one of the pool's identities)
