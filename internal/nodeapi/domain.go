@@ -2,9 +2,10 @@ package nodeapi
 
 import (
 	"context"
-	"crypto"
+	"crypto/x509"
 	"io"
 	"net/http"
+	"net/url"
 	"time"
 
 	"keyfleet.dev/keyfleet/api/node"
@@ -32,14 +33,12 @@ type Nodes interface {
 	Report(ctx context.Context, nodeID string, r node.StatusReport) error
 }
 
-// Authority signs the certificates of agents.
+// Authority is the CA that signs the certificates of agents; *pki.CA is one.
 type Authority interface {
-	// IssueAgent returns the PEM chain (leaf first, without the root) of a
-	// client certificate for pub with common name nodeID and the URI
-	// keyfleet://node/NODEID, valid for life.
-	IssueAgent(ctx context.Context, nodeID string, pub crypto.PublicKey, life time.Duration) (chain string, err error)
-	// CA is the PEM of the certificate that agents must trust for every name of this server.
-	CA() string
+	// IssueClient returns the PEM chain, leaf first, of a client certificate for the key of csr.
+	IssueClient(commonName string, uris []*url.URL, csr *x509.CertificateRequest, now time.Time, life time.Duration) ([]byte, error)
+	// PEM is the CA's certificate. Agents trust it for every name of this server.
+	PEM() []byte
 }
 
 // Tokens issues tokens of the identities of a node's pool.

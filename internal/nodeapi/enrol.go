@@ -9,11 +9,13 @@ import (
 	"encoding/pem"
 	"math/rand/v2"
 	"net/http"
+	"net/url"
 	"strings"
 	"time"
 
 	"keyfleet.dev/keyfleet/api/node"
 	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/pki"
 )
 
 // bodyLimit is the most that enrolments, renewals and token requests may weigh.
@@ -23,7 +25,7 @@ const bodyLimit = 64 << 10
 // with the hash it was given before it trusts it.
 func (e *Edge) ca(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/x-pem-file")
-	_, _ = w.Write([]byte(e.cfg.Authority.CA()))
+	_, _ = w.Write(e.cfg.Authority.PEM())
 }
 
 // enrol spends a join token and answers with a certificate for the key of the CSR.
@@ -53,12 +55,12 @@ func (e *Edge) enrol(w http.ResponseWriter, r *http.Request) error {
 	if !nodeName(id) {
 		return fault.New(fault.Internal, "", "").Because(errBadNodeID(id))
 	}
-	chain, err := e.cfg.Authority.IssueAgent(r.Context(), id, csr.PublicKey, e.cfg.Life)
+	chain, err := e.issue(id, csr)
 	if err != nil {
 		return err
 	}
 	e.cfg.Log.Info("node enrolled", "node", id, "hostname", req.Hostname, "os", req.OS, "agent", req.Agent)
-	answer(w, http.StatusOK, node.EnrolResponse{Node: id, Certificate: chain, CA: e.cfg.Authority.CA()})
+	answer(w, http.StatusOK, node.EnrolResponse{Node: id, Certificate: chain, CA: string(e.cfg.Authority.PEM())})
 	return nil
 }
 
@@ -78,39 +80,31 @@ func (e *Edge) renew(w http.ResponseWriter, r *http.Request, id string) error {
 	if err := e.cfg.Nodes.Renew(r.Context(), id, hash); err != nil {
 		return err
 	}
-	chain, err := e.cfg.Authority.IssueAgent(r.Context(), id, csr.PublicKey, e.cfg.Life)
+	chain, err := e.issue(id, csr)
 	if err != nil {
 		return err
 	}
-	answer(w, http.StatusOK, node.RenewResponse{Certificate: chain, CA: e.cfg.Authority.CA()})
+	answer(w, http.StatusOK, node.RenewResponse{Certificate: chain, CA: string(e.cfg.Authority.PEM())})
 	return nil
 }
 
-// parseCSR checks a CSR: one PEM block, signed with its own key, a key that is
-// strong enough. Its subject and extensions are ignored; the server names the
-// node. It also returns the hex SHA-256 of the public key.
+// issue signs a client certificate that names the node, for the key of csr.
+func (e *Edge) issue(id string, csr *x509.CertificateRequest) (string, error) {
+	uri := &url.URL{Scheme: "keyfleet", Host: "node", Path: "/" + id}
+	chain, err := e.cfg.Authority.IssueClient(id, []*url.URL{uri}, csr, e.cfg.Now(), e.cfg.Life)
+	return string(chain), err
+}
+
+// parseCSR checks a CSR: signed with its own key, which is an EC key. Its
+// subject and extensions are ignored; the server names the node. It also
+// returns the hex SHA-256 of the public key.
 func parseCSR(text string) (*x509.CertificateRequest, string, error) {
-	bad := func(format string, args ...any) error {
-		return fault.New(fault.Invalid, "InvalidCSR", format, args...).At("csr")
-	}
-	block, rest := pem.Decode([]byte(text))
-	if block == nil || block.Type != "CERTIFICATE REQUEST" || strings.TrimSpace(string(rest)) != "" {
-		return nil, "", bad("The CSR must be one PEM block of type CERTIFICATE REQUEST.")
-	}
-	csr, err := x509.ParseCertificateRequest(block.Bytes)
+	csr, err := pki.ParseCSR([]byte(text))
 	if err != nil {
-		return nil, "", bad("The CSR cannot be parsed.")
+		return nil, "", fault.New(fault.Invalid, "InvalidCSR", "The CSR is not usable: %s.", err).At("csr")
 	}
-	if err := csr.CheckSignature(); err != nil {
-		return nil, "", bad("The CSR is not signed with its own key.")
-	}
-	switch k := csr.PublicKey.(type) {
-	case *ecdsa.PublicKey:
-		if k.Curve.Params().BitSize < 256 {
-			return nil, "", bad("The CSR's key must have at least 256 bits.")
-		}
-	default:
-		return nil, "", bad("The CSR's key must be an EC key of curve P-256, P-384 or P-521.")
+	if _, ok := csr.PublicKey.(*ecdsa.PublicKey); !ok {
+		return nil, "", fault.New(fault.Invalid, "InvalidCSR", "The CSR's key must be an EC key of curve P-256, P-384 or P-521.").At("csr")
 	}
 	sum := sha256.Sum256(csr.RawSubjectPublicKeyInfo)
 	return csr, hex.EncodeToString(sum[:]), nil
