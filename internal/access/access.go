@@ -127,6 +127,11 @@ type Config struct {
 	Store    *store.Store     // where role assignments are
 	Recorder Recorder         // must be set
 	Now      func() time.Time // nil: time.Now
+
+	// Principal fails if no principal has the object id (fault.NotFound), and
+	// reads what it decides on through tx, so that a grant to somebody who is
+	// being removed does not commit. Nil: not checked. Package identity has it.
+	Principal func(tx *store.Tx, objectID string) error
 }
 
 // Gate decides and records. Make it with [NewGate].
@@ -175,6 +180,18 @@ func (g *Gate) Change(ctx context.Context, s *store.Store, op Op, fn func(tx *st
 		}
 		return g.cfg.Recorder.InTx(tx, g.record(c, op, nil))
 	})
+}
+
+// Record keeps a record of a decision that was made elsewhere: a client that
+// proved who it is and got a token, or did not (err). It returns err, or the
+// recorder's failure: then the caller must not go on. p is who the record names.
+func (g *Gate) Record(ctx context.Context, p Principal, op Op, err error) error {
+	c, _ := From(ctx)
+	c.Principal = p
+	if rerr := g.cfg.Recorder.Append(ctx, g.record(c, op, err)); rerr != nil && err == nil {
+		return rerr
+	}
+	return err
 }
 
 func (g *Gate) record(c Call, op Op, err error) Record {

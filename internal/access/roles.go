@@ -5,7 +5,6 @@ import (
 	"strings"
 
 	"keyfleet.dev/keyfleet/internal/fault"
-	"keyfleet.dev/keyfleet/internal/store"
 )
 
 // Role is a role definition: what its holder may do under the scope of the assignment.
@@ -27,12 +26,75 @@ var (
 	Reader                  = Role{ID: "acdd72a7-3385-48ef-bd42-f606fba81ae7", Name: "Reader", Actions: []string{"*/read"}}
 	ManagedIdentityOperator = Role{
 		ID: "f1a07417-d97a-45cb-824c-7a7467783830", Name: "Managed Identity Operator",
-		Actions: []string{"Microsoft.ManagedIdentity/userAssignedIdentities/*/read", "Microsoft.ManagedIdentity/userAssignedIdentities/*/assign/action", "Microsoft.Authorization/*/read"},
+		// Azure lists the forms with "*/"; its matching takes them for the plain ones too.
+		Actions: []string{
+			"Microsoft.ManagedIdentity/userAssignedIdentities/read", "Microsoft.ManagedIdentity/userAssignedIdentities/*/read",
+			"Microsoft.ManagedIdentity/userAssignedIdentities/assign/action", "Microsoft.ManagedIdentity/userAssignedIdentities/*/assign/action",
+			"Microsoft.Authorization/*/read",
+		},
 	}
 )
 
 // Roles lists the built-in roles.
 func Roles() []Role { return []Role{Owner, Contributor, Reader, ManagedIdentityOperator} }
+
+// RoleByID returns the built-in role with the GUID, in any casing.
+func RoleByID(id string) (Role, bool) {
+	for _, r := range Roles() {
+		if strings.EqualFold(r.ID, id) {
+			return r, true
+		}
+	}
+	return Role{}, false
+}
+
+// Includes reports whether r allows whatever other allows. It never says yes
+// wrongly; for roles whose patterns overlap in odd ways it may say no where yes
+// would do, which only makes a grant impossible that a wider role allows.
+func (r Role) Includes(other Role) bool {
+	for _, a := range other.Actions {
+		if !matchAny(r.Actions, a) { // a's own * is matched only by a * of ours
+			return false
+		}
+	}
+	for _, n := range r.NotActions {
+		if matchAny(other.NotActions, n) {
+			continue // the other does not allow it either
+		}
+		for _, a := range other.Actions {
+			if overlap(strings.ToLower(n), strings.ToLower(a)) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// overlap reports whether some string fits both patterns.
+func overlap(p, q string) bool {
+	// at[j]: the part of p read so far and q[:j] can be the same string.
+	at := make([]bool, len(q)+1)
+	at[0] = true
+	for j := 1; j <= len(q) && q[j-1] == '*'; j++ {
+		at[j] = true
+	}
+	for i := 0; i < len(p); i++ {
+		next := make([]bool, len(q)+1)
+		next[0] = p[i] == '*' && at[0]
+		for j := 1; j <= len(q); j++ {
+			switch {
+			case p[i] == '*':
+				next[j] = at[j] || next[j-1]
+			case q[j-1] == '*':
+				next[j] = at[j] || next[j-1]
+			default:
+				next[j] = at[j-1] && p[i] == q[j-1]
+			}
+		}
+		at = next
+	}
+	return at[len(q)]
+}
 
 // Allows reports whether the role allows the action.
 func (r Role) Allows(action string) bool {
@@ -68,19 +130,6 @@ func match(pattern, s string) bool {
 	return strings.HasSuffix(s, parts[len(parts)-1])
 }
 
-// Assignment gives a principal a role at a scope.
-type Assignment struct {
-	Name          string `json:"name"`      // GUID
-	Scope         string `json:"scope"`     // ARM id, the caller's casing; "/" is everything
-	Principal     string `json:"principal"` // object id
-	PrincipalType string `json:"principalType,omitempty"`
-	RoleID        string `json:"roleId"`
-	CreatedBy     string `json:"createdBy,omitempty"`
-}
-
-// Assignments is the collection of role assignments; ids are "PRINCIPAL/NAME".
-var Assignments = store.NewCollection[Assignment, struct{}]("roleassignments")
-
 // byRole decides by role assignments at the resource or above it.
 func (g *Gate) byRole(ctx context.Context, p Principal, op Op) error {
 	if p.Kind == Node {
@@ -94,10 +143,8 @@ func (g *Gate) byRole(ctx context.Context, p Principal, op Op) error {
 		if !covers(a.Spec.Scope, op.Resource) {
 			continue
 		}
-		for _, r := range Roles() {
-			if r.ID == a.Spec.RoleID && r.Allows(op.Action) {
-				return nil
-			}
+		if r, ok := RoleByID(a.Spec.RoleID); ok && r.Allows(op.Action) {
+			return nil
 		}
 	}
 	return denied(p, op)
@@ -110,8 +157,18 @@ func covers(scope, resource string) bool {
 }
 
 func denied(p Principal, op Op) error {
-	return fault.New(fault.Denied, "AuthorizationFailed",
+	e := fault.New(fault.Denied, "AuthorizationFailed",
 		"The client '%s' with object id '%s' does not have authorization to perform action '%s' over scope '%s'.",
-		p.ClientID, p.ObjectID, op.Action, op.Resource).
-		WithFix("keyfleet role assign --object-id %s --role Contributor --scope %s", p.ObjectID, op.Resource)
+		p.ClientID, p.ObjectID, op.Action, op.Resource)
+	roles := Roles()
+	for i := range roles { // the narrowest role that would do stands last
+		if r := roles[len(roles)-1-i]; r.Allows(op.Action) {
+			scope := op.Resource
+			if !strings.HasPrefix(scope, "/subscriptions/") {
+				scope = "/"
+			}
+			return e.WithFix("az role assignment create --role '%s' --assignee-object-id %s --assignee-principal-type ServicePrincipal --scope %s", r.Name, p.ObjectID, scope)
+		}
+	}
+	return e
 }
