@@ -1,0 +1,4 @@
+package main
+
+// localCommands are the sub-commands that the local provider runs.
+func localCommands() []command { return nil }
