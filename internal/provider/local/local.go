@@ -6,7 +6,7 @@
 // DIR/nodes and their locks say, so a server that starts again finds its nodes
 // by looking, and every operation may be repeated after a crash at any point.
 //
-//	Start    folder -> join file -> first process        (running already: nothing)
+//	Start    folder -> agent's files -> first process        (running already: nothing)
 //	Stop     kill, wait -> remove the folder             (nothing there: nothing)
 //	Restart  ask the agent to end, kill, wait -> first process
 //	Reimage  kill, wait -> mark -> empty the folder -> Start
@@ -34,7 +34,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"keyfleet.dev/keyfleet/api/node"
 	"keyfleet.dev/keyfleet/internal/effect"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/pool"
@@ -45,7 +44,7 @@ import (
 type Config struct {
 	Dir       string       // the server's data directory, absolute: nodes are in Dir/nodes, the server's socket is in Dir/run
 	Agent     string       // path of the keyfleet-agent program, absolute
-	AgentArgs []string     // its arguments inside a node; nil: "run"
+	AgentArgs []string     // its arguments inside a node; nil: run with the configuration that Start writes
 	Server    string       // URL of the node host, "https://node.keyfleet.internal:8443"
 	CA        []byte       // PEM of the CA of the server's certificates
 	AgentEnv  []string     // added to the environment of agents; for tests
@@ -80,7 +79,7 @@ func New(cfg Config) (*Provider, error) {
 		return nil, errors.New("setting up local nodes: the data directory and the agent's path must be absolute")
 	}
 	if cfg.AgentArgs == nil {
-		cfg.AgentArgs = []string{"run"}
+		cfg.AgentArgs = []string{"run", "--config", "/var/lib/waagent/" + configFile}
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -134,13 +133,9 @@ func (p *Provider) Start(ctx context.Context, n pool.NodeSpec) error {
 }
 
 func (p *Provider) start(ctx context.Context, f namespace.Folder, n pool.NodeSpec) error {
-	var files []namespace.File
-	if n.Token != "" {
-		join, err := json.Marshal(node.Join{Server: p.cfg.Server, CA: string(p.cfg.CA), Token: n.Token.Reveal()})
-		if err != nil {
-			return fmt.Errorf("writing the node's join file: %w", err)
-		}
-		files = append(files, namespace.File{Path: node.JoinFile, Content: join})
+	files, err := p.agentFiles(n)
+	if err != nil {
+		return fmt.Errorf("writing the configuration of node %s: %w", n.ID, err)
 	}
 	spec := namespace.Node{
 		ID: n.ID, Agent: p.cfg.Agent, Args: p.cfg.AgentArgs, Env: p.cfg.AgentEnv,
@@ -151,6 +146,41 @@ func (p *Provider) start(ctx context.Context, f namespace.Folder, n pool.NodeSpe
 	}
 	p.cfg.Log.Info("node is up", "node", n.ID, "pool", n.Pool, "files", f.WAAgent())
 	return nil
+}
+
+// The agent's files below /var/lib/waagent: its state folder, in which it keeps
+// its key and certificate, and what the provider puts there.
+const (
+	agentState = "keyfleet"
+	configFile = agentState + "/agent.json"
+	tokenFile  = agentState + "/join-token"
+	caFile     = agentState + "/server-ca.pem"
+)
+
+// agentConfig is the agent's configuration file; see agent.Config, which reads it.
+type agentConfig struct {
+	Server      string `json:"server"`
+	Address     string `json:"address"`
+	CAFile      string `json:"caFile"`
+	TokenFile   string `json:"tokenFile"`
+	ManageHosts bool   `json:"manageHosts"`
+}
+
+// agentFiles are the files with which the agent enrols. The token has its own
+// file so that the agent can remove it when it is spent.
+func (p *Provider) agentFiles(n pool.NodeSpec) ([]namespace.File, error) {
+	const dir = "/var/lib/waagent/"
+	config, err := json.MarshalIndent(agentConfig{
+		Server: p.cfg.Server, Address: "127.0.0.1", CAFile: dir + caFile, TokenFile: dir + tokenFile, ManageHosts: true,
+	}, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	files := []namespace.File{{Path: caFile, Content: p.cfg.CA}, {Path: configFile, Content: config}}
+	if n.Token != "" {
+		files = append(files, namespace.File{Path: tokenFile, Content: []byte(n.Token.Reveal())})
+	}
+	return files, nil
 }
 
 // Stop ends the node and removes it.

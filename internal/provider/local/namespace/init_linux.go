@@ -244,11 +244,32 @@ func supervise(n Node) int {
 			if ending {
 				return 0
 			}
+			if status.Exited() && status.ExitStatus() == exitReboot {
+				fmt.Fprintln(os.Stderr, "local-init: restarting the node")
+				if err := reboot(); err != nil {
+					fmt.Fprintln(os.Stderr, "local-init: restarting the node:", err)
+				}
+				start = time.After(0)
+				continue
+			}
 			delay = restartDelay(time.Since(started), delay)
 			fmt.Fprintf(os.Stderr, "local-init: the agent ended (%s); starting it again in %s\n", describe(status), delay)
 			start = time.After(delay)
 		}
 	}
+}
+
+// exitReboot is the exit status with which the agent asks for a restart of the node.
+const exitReboot = 75
+
+// reboot does to a node what a reboot does to a machine: every process ends,
+// and what starts next finds another boot id. The files stay.
+func reboot() error {
+	// From PID 1 "-1" means every other process of the node (kill(2)).
+	if err := syscall.Kill(-1, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+		return err
+	}
+	return os.WriteFile(bootIDPath, []byte(newUUID()+"\n"), 0o444) // in place: the file is mounted over the kernel's
 }
 
 // startAgent starts the agent in a session of its own.

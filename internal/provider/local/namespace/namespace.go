@@ -51,6 +51,7 @@ const SocketName = "server.sock"
 const (
 	agentPath  = "/run/keyfleet/keyfleet-agent"
 	socketPath = "/run/keyfleet/server/" + SocketName
+	bootIDPath = "/run/keyfleet/boot_id"
 )
 
 // Node is what a node is started from; it is kept as node.json so that a

@@ -174,7 +174,7 @@ func (p *plan) proc(root string, hostRoot bool) {
 	proc := filepath.Join(root, "proc")
 	p.mkdir(proc, 0o555)
 	p.mount("proc", proc, "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
-	boot := filepath.Join(root, "run", "keyfleet", "boot_id")
+	boot := filepath.Join(root, bootIDPath)
 	p.do("write boot id", func() error { return os.WriteFile(boot, []byte(newUUID()+"\n"), 0o444) })
 	if hostRoot {
 		// Without a user namespace these would change this machine.
