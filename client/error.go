@@ -171,7 +171,7 @@ func (e *Error) decodeBody(body []byte) {
 		e.Message, _, _ = strings.Cut(odata.Value, "\nRequestId:")
 	}
 	for _, v := range b.Values {
-		if v.Key == "Target" || v.Key == "PropertyPath" {
+		if v.Key == "PropertyName" && e.Target == "" {
 			e.Target = v.Value
 			continue
 		}
