@@ -18,6 +18,7 @@ import (
 	"io"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
@@ -40,7 +41,11 @@ func decode(data []byte, v any, opts ...json.Options) error {
 	if len(strings.TrimSpace(string(data))) == 0 {
 		return fault.New(fault.Invalid, "InvalidRequestContent", "The request body is empty; a JSON document was expected.")
 	}
-	err := json.Unmarshal(data, v, opts...)
+	var whole jsontext.Value // syntax first: what is no JSON has no properties to speak of
+	err := json.Unmarshal(data, &whole)
+	if err == nil {
+		err = json.Unmarshal(data, v, opts...)
+	}
 	if err == nil {
 		return nil
 	}
@@ -50,19 +55,7 @@ func decode(data []byte, v any, opts ...json.Options) error {
 func explain(data []byte, err error) error {
 	var syn *jsontext.SyntacticError
 	if errors.As(err, &syn) {
-		line, col := Position(data, syn.ByteOffset)
-		what := strings.TrimPrefix(syn.Err.Error(), "jsontext: ")
-		if errors.Is(syn.Err, io.ErrUnexpectedEOF) {
-			what = "the document ends too early"
-		}
-		if errors.Is(syn.Err, jsontext.ErrDuplicateName) {
-			return fault.New(fault.Invalid, "InvalidRequestContent",
-				"The request body is not usable: line %d, column %d: the name %q appears twice in one object.", line, col, syn.JSONPointer.LastToken()).
-				At(Path(syn.JSONPointer)).WithFix("remove one of the two")
-		}
-		return fault.New(fault.Invalid, "InvalidRequestContent",
-			"The request body is not valid JSON: line %d, column %d: %s; %s.", line, col, what, expected(data, syn)).
-			At(Path(syn.JSONPointer)).WithFix("correct the body at line %d, column %d", line, col)
+		return explainSyntax(data, syn)
 	}
 	var sem *json.SemanticError
 	if errors.As(err, &sem) {
@@ -86,32 +79,57 @@ func explain(data []byte, err error) error {
 	return fault.New(fault.Invalid, "InvalidRequestContent", "The request body cannot be decoded: %s.", err)
 }
 
-// expected says what could have stood at the place of a syntax error.
-func expected(data []byte, e *jsontext.SyntacticError) string {
-	i := int(e.ByteOffset)
-	before := strings.TrimRight(string(data[:min(i, len(data))]), " \t\r\n")
-	at := byte(0)
-	if i < len(data) {
-		at = data[i]
+func explainSyntax(data []byte, e *jsontext.SyntacticError) error {
+	offset, want := expected(data, e)
+	line, col := Position(data, offset)
+	path := Path(e.JSONPointer)
+	if errors.Is(e.Err, jsontext.ErrDuplicateName) {
+		return fault.New(fault.Invalid, "InvalidRequestContent",
+			"The request body is not usable: line %d, column %d: the name %q appears twice in one object.", line, col, e.JSONPointer.LastToken()).
+			At(path).WithFix("remove one of the two")
+	}
+	found := "the end of the document"
+	if int(offset) < len(data) {
+		r, _ := utf8.DecodeRune(data[offset:])
+		found = strconv.QuoteRune(r)
+	}
+	return fault.New(fault.Invalid, "InvalidRequestContent",
+		"The request body is not valid JSON: line %d, column %d: found %s, expected %s.", line, col, found, want).
+		At(path).WithFix("%s", fix(e, line, col))
+}
+
+func fix(e *jsontext.SyntacticError, line, col int) string {
+	if name := e.JSONPointer.LastToken(); strings.Contains(name, "://") && strings.Contains(e.Err.Error(), "after object name") {
+		return fmt.Sprintf("%q stands where a property name belongs; if it is the value of url, write \"url\": before it and a comma after it", name)
+	}
+	return fmt.Sprintf("correct the body at line %d, column %d", line, col)
+}
+
+// expected returns where a syntax error is and what could have stood there.
+// The decoder's own words tell the state it was in; a comma that nothing
+// follows is reported at the comma, which is what has to go.
+func expected(data []byte, e *jsontext.SyntacticError) (offset int64, want string) {
+	i := min(max(int(e.ByteOffset), 0), len(data))
+	text := e.Err.Error()
+	before := strings.TrimRight(string(data[:i]), " \t\r\n")
+	if i < len(data) && (data[i] == '}' || data[i] == ']') && strings.HasSuffix(before, ",") {
+		return int64(len(before) - 1), fmt.Sprintf("no comma before the closing %q, or another element after it", data[i:i+1])
 	}
 	switch {
-	case strings.HasSuffix(before, ",") && (at == '}' || at == ']'):
-		return fmt.Sprintf("there is a comma before this %q: expected another element, or no comma", string(at))
-	case strings.HasSuffix(before, ","):
-		return "expected another element after the comma"
-	case strings.HasSuffix(before, `"`) && strings.Contains(e.Err.Error(), "':'"),
-		strings.Contains(e.Err.Error(), "after object name"):
-		return `expected ':' and a value after the property name`
-	case strings.Contains(e.Err.Error(), "after object value"):
-		return "expected ',' or '}' after the value"
-	case strings.Contains(e.Err.Error(), "after array element"), strings.Contains(e.Err.Error(), "after array value"):
-		return "expected ',' or ']' after the element"
-	case strings.Contains(e.Err.Error(), "start of object"), strings.Contains(e.Err.Error(), "object name"):
-		return "expected a property name in double quotes"
-	case strings.Contains(e.Err.Error(), "top-level"):
-		return "expected nothing more after the document"
+	case strings.Contains(text, "after object name"):
+		return int64(i), "':' and a value after the property name"
+	case strings.Contains(text, "after object value"):
+		return int64(i), "',' or '}' after the value"
+	case strings.Contains(text, "after array"):
+		return int64(i), "',' or ']' after the element"
+	case strings.Contains(text, "object name"), strings.HasSuffix(before, "{"):
+		return int64(i), "a property name in double quotes"
+	case strings.Contains(text, "top-level"):
+		return int64(i), "nothing more after the document"
+	case errors.Is(e.Err, io.ErrUnexpectedEOF):
+		return int64(i), "the rest of the document: an object, array or string is not closed"
 	}
-	return "expected a JSON value"
+	return int64(i), "a JSON value"
 }
 
 // Position turns a byte offset into line and column, both from 1; the column counts characters.
