@@ -3,13 +3,10 @@ package namespace
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
-
-	"keyfleet.dev/keyfleet/internal/effect"
 )
 
 // maxEtcFile is the size in bytes above which a file of /etc is left out
@@ -21,20 +18,15 @@ var ownFiles = map[string]bool{
 	"hosts": true, "hostname": true, "resolv.conf": true, "machine-id": true, "mtab": true, "fstab": true,
 }
 
-// makeEtc makes the node's own /etc: a copy of what every user of this machine
-// may read, with the node's own name and hosts. It is a copy because a node
-// writes there (certificate folders under /etc/ssl, service configurations),
-// and of readable files only, because a node is another machine: password
-// hashes and host keys are not for it. An /etc that is there is kept.
-func makeEtc(f Folder, n Node) error {
-	if _, err := os.Stat(f.path("etc")); err == nil {
-		return nil
-	}
-	tmp := f.path("etc.tmp")
-	if err := os.RemoveAll(tmp); err != nil {
-		return fmt.Errorf("clearing a half-made /etc: %w", err)
-	}
-	if err := copyTree("/etc", tmp); err != nil {
+// makeEtc makes the node's own /etc in memory: a copy of what every user of
+// this machine may read, with the node's own name and hosts. It is a copy
+// because a node writes there (certificate folders under /etc/ssl,
+// configurations of services), of readable files only because a node is another
+// machine (password hashes and host keys are not for it), and in memory because
+// a thousand small files take a second on many a disk. So /etc is new with
+// every start of the node; the agent and its extensions bring it there again.
+func makeEtc(etc string, n Node) error {
+	if err := copyTree("/etc", etc); err != nil {
 		return err
 	}
 	own := map[string]string{
@@ -45,14 +37,11 @@ func makeEtc(f Folder, n Node) error {
 		"fstab":       "",
 	}
 	for name, content := range own {
-		if err := os.WriteFile(filepath.Join(tmp, name), []byte(content), 0o644); err != nil {
-			return fmt.Errorf("writing the node's /etc/%s: %w", name, err)
+		if err := os.WriteFile(filepath.Join(etc, name), []byte(content), 0o644); err != nil {
+			return err
 		}
 	}
-	if err := os.Symlink("/proc/self/mounts", filepath.Join(tmp, "mtab")); err != nil {
-		return fmt.Errorf("linking the node's /etc/mtab: %w", err)
-	}
-	return effect.Do("rename etc", func() error { return os.Rename(tmp, f.path("etc")) })
+	return os.Symlink("/proc/self/mounts", filepath.Join(etc, "mtab"))
 }
 
 // hostsFile is the node's first hosts file; the agent keeps it as the goal
@@ -121,21 +110,12 @@ func copyEntry(from, to string, d fs.DirEntry) error {
 	if fi.Mode()&0o004 == 0 || fi.Size() > maxEtcFile {
 		return nil
 	}
-	src, err := os.Open(from)
+	content, err := os.ReadFile(from)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	defer src.Close()
-	dst, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY|os.O_EXCL, fi.Mode().Perm()|0o200)
-	if err != nil {
-		return err
-	}
-	if _, err := io.Copy(dst, src); err != nil {
-		_ = dst.Close()
-		return err
-	}
-	return dst.Close()
+	return os.WriteFile(to, content, fi.Mode().Perm()|0o200)
 }

@@ -50,7 +50,7 @@ func Init(args []string) int {
 	unix.CloseOnExec(lockFD)
 	unix.CloseOnExec(readyFD)
 	probe := len(args) > 1 && args[1] == probeArg
-	n, err := setUp(Folder(args[0]), probe)
+	n, err := setUp(Folder(args[0]))
 	tell(err)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "local-init:", err)
@@ -63,21 +63,13 @@ func Init(args []string) int {
 }
 
 // setUp turns fresh namespaces into the node of folder f.
-func setUp(f Folder, probe bool) (Node, error) {
+func setUp(f Folder) (Node, error) {
 	if err := writePID(f); err != nil {
 		return Node{}, err
 	}
 	n, err := f.Read()
 	if err != nil {
 		return n, err
-	}
-	if probe {
-		err = os.MkdirAll(f.path("etc"), 0o755)
-	} else {
-		err = makeEtc(f, n)
-	}
-	if err != nil {
-		return n, &stepError{Step: "make /etc", Err: err}
 	}
 	// Everything built from here on lives in this process's namespaces and
 	// ends with it, so there is nothing to undo.
@@ -160,14 +152,22 @@ func readReport(r io.Reader) error {
 	if rep.Error == "" {
 		return nil
 	}
-	err := errors.New(rep.Error)
-	if rep.Errno != 0 {
-		err = fmt.Errorf("%s: %w", rep.Error, rep.Errno)
-		if rep.Error == rep.Errno.Error() {
-			err = rep.Errno
-		}
+	return &stepError{Step: rep.Step, Err: &reported{text: rep.Error, errno: rep.Errno}}
+}
+
+// reported is an error of the node's first process, as it said it.
+type reported struct {
+	text  string
+	errno syscall.Errno // 0: none
+}
+
+func (e *reported) Error() string { return e.text }
+
+func (e *reported) Unwrap() error {
+	if e.errno == 0 {
+		return nil
 	}
-	return &stepError{Step: rep.Step, Err: err}
+	return e.errno
 }
 
 // takenAway are the capabilities that a root node must not have: with them it

@@ -8,14 +8,16 @@
 // documented paths (/var/lib/waagent, /var/log/azure) and the documented
 // address (169.254.169.254) are there to the letter, without an image and
 // without a daemon, and nothing of this machine's network is touched: bytes for
-// the server leave through a Unix socket.
+// the server leave through a Unix socket. What is written outside the folders
+// below is in memory and lasts until the node's next start.
 //
 //	DIR/nodes/ID/lock        held (flock) exactly while the node's first process lives
 //	            /pid         "PID STARTTIME\n" of that process, as this machine counts
 //	            /node.json   what to start: [Node]
 //	            /console.log what the first process and the agent print
-//	            /waagent  -> /var/lib/waagent       /log -> /var/log/azure
-//	            /tmp      -> /tmp                   /etc -> /etc
+//	            /waagent  -> /var/lib/waagent
+//	            /log      -> /var/log/azure
+//	            /tmp      -> /tmp
 //	            /root        mount point of the node's root, empty for everybody else
 //	DIR/run/server.sock      the server      -> /run/keyfleet/server/server.sock
 //

@@ -15,7 +15,7 @@ import (
 const wipeMark = "wipe"
 
 // parts are what a node may have written, and what it was started from.
-var parts = []string{"waagent", "log", "tmp", "etc", "etc.tmp", "node.json", "pid", "console.log"}
+var parts = []string{"waagent", "log", "tmp", "node.json", "pid", "console.log"}
 
 // Wipe empties the folder of a node that does not run, as for a new one.
 func Wipe(f Folder) error {

@@ -56,12 +56,7 @@ func (p *plan) bind(source, target string) {
 		if err != nil {
 			return err
 		}
-		if fi.IsDir() {
-			err = os.MkdirAll(target, 0o755)
-		} else {
-			err = touch(target)
-		}
-		if err != nil {
+		if err := makeMountPoint(target, fi.IsDir()); err != nil {
 			return err
 		}
 		return unix.Mount(source, target, "", unix.MS_BIND|unix.MS_REC, "")
@@ -86,12 +81,18 @@ func (p *plan) readOnly(target string) {
 	})
 }
 
-func touch(path string) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o644)
-	if err != nil {
+// makeMountPoint makes what a folder or a file can be mounted on, unless it is there.
+func makeMountPoint(path string, dir bool) error {
+	if _, err := os.Lstat(path); err == nil {
+		return nil
+	}
+	if dir {
+		return os.MkdirAll(path, 0o755)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	return f.Close()
+	return os.WriteFile(path, nil, 0o644)
 }
 
 // buildRoot makes the node's root on f's mount point and moves into it. The
@@ -110,7 +111,7 @@ func buildRoot(f Folder, n Node) error {
 	p.mkdir(in("/var/tmp"), 0o777|os.ModeSticky)
 	p.mkdir(in("/run/lock"), 0o777|os.ModeSticky)
 	p.do("link /var/run", func() error { return os.Symlink("/run", in("/var/run")) })
-	p.bind(f.path("etc"), in("/etc"))
+	p.do("make /etc", func() error { return makeEtc(in("/etc"), n) })
 	p.bind(f.WAAgent(), in("/var/lib/waagent"))
 	p.bind(f.Log(), in("/var/log/azure"))
 	p.bind(f.path("tmp"), in("/tmp"))
@@ -180,7 +181,11 @@ func (p *plan) proc(root string, hostRoot bool) {
 		// Without a user namespace these would change this machine.
 		p.bind(filepath.Join(proc, "sys"), filepath.Join(proc, "sys"))
 		p.readOnly(filepath.Join(proc, "sys"))
-		p.bind("/dev/null", filepath.Join(proc, "sysrq-trigger"))
+		if sysrq := filepath.Join(proc, "sysrq-trigger"); p.err == nil {
+			if _, err := os.Stat(sysrq); err == nil {
+				p.bind("/dev/null", sysrq)
+			}
+		}
 	}
 	p.bind(boot, filepath.Join(proc, "sys", "kernel", "random", "boot_id"))
 }
