@@ -33,7 +33,7 @@ type Condition struct {
 	Message            string    `json:"message,omitempty"`
 	ObservedGeneration int64     `json:"observedGeneration"`
 	Since              time.Time `json:"since"`                // when Status last changed
-	NextAttempt        time.Time `json:"nextAttempt,omitzero"` // for Stalled: when it is tried again; zero: when the spec changes
+	NextAttempt        time.Time `json:"nextAttempt,omitzero"` // after a failure: when it is tried again; zero on Stalled: when the spec changes
 }
 
 // SetCondition sets the condition of c.Type; Since moves only when Status does.
@@ -60,6 +60,9 @@ func (m *Meta) Condition(typ string) Condition {
 	}
 	return Condition{}
 }
+
+// HasFinalizer reports whether name must clean up before the object goes.
+func (m *Meta) HasFinalizer(name string) bool { return slices.Contains(m.Finalizers, name) }
 
 // Object is a stored resource: what was asked for (Spec) and what is (Status).
 type Object[S, T any] struct {
@@ -145,19 +148,9 @@ func (c Collection[S, T]) Insert(tx *Tx, o *Object[S, T]) error {
 // between fails with fault.Precondition). Generation grows when Spec differs
 // from what is stored. The object must exist.
 func (c Collection[S, T]) Put(tx *Tx, o *Object[S, T]) error {
-	e, err := tx.get(c.Key(o.ID))
+	old, err := c.current(tx, o)
 	if err != nil {
 		return err
-	}
-	if e.Value == nil {
-		return fault.New(fault.NotFound, "", "%s %q does not exist.", strings.TrimSuffix(c.Kind, "s"), o.ID)
-	}
-	old, err := c.decode(e)
-	if err != nil {
-		return err
-	}
-	if old.UID != o.UID || (o.Revision != 0 && old.Revision != o.Revision) {
-		return fault.New(fault.Precondition, "", "%s %q was changed by somebody else.", strings.TrimSuffix(c.Kind, "s"), o.ID)
 	}
 	same, err := sameJSON(old.Spec, o.Spec)
 	if err != nil {
@@ -167,6 +160,38 @@ func (c Collection[S, T]) Put(tx *Tx, o *Object[S, T]) error {
 		o.Generation, o.Changed = old.Generation+1, time.Now().UTC()
 	}
 	return c.write(tx, o)
+}
+
+// PutStatus writes Status and Conditions of o, and nothing else, onto the stored
+// object; Generation does not move. If neither differs from what is stored, it
+// writes nothing. It fails as [Collection.Put] does.
+func (c Collection[S, T]) PutStatus(tx *Tx, o *Object[S, T]) error {
+	old, err := c.current(tx, o)
+	if err != nil {
+		return err
+	}
+	sameStatus, err := sameJSON(old.Status, o.Status)
+	if err != nil {
+		return fmt.Errorf("encoding %s: %w", c.Key(o.ID), err)
+	}
+	sameConditions, err := sameJSON(old.Conditions, o.Conditions)
+	if err != nil || sameStatus && sameConditions {
+		return err
+	}
+	old.Status, old.Conditions = o.Status, o.Conditions
+	return c.write(tx, old)
+}
+
+// current returns the stored state of o, if o was made from it.
+func (c Collection[S, T]) current(tx *Tx, o *Object[S, T]) (*Object[S, T], error) {
+	old, err := c.Get(tx, o.ID)
+	if err != nil {
+		return nil, err
+	}
+	if old.UID != o.UID || (o.Revision != 0 && old.Revision != o.Revision) {
+		return nil, fault.New(fault.Precondition, "", "%s %q was changed by somebody else.", strings.TrimSuffix(c.Kind, "s"), o.ID)
+	}
+	return old, nil
 }
 
 // Delete asks for the object's deletion: with finalizers it marks the object
@@ -192,7 +217,7 @@ func (c Collection[S, T]) Delete(tx *Tx, id string) error {
 // was the last, the object.
 func (c Collection[S, T]) RemoveFinalizer(tx *Tx, id, name string) error {
 	o, err := c.Lookup(tx, id)
-	if err != nil || o == nil {
+	if err != nil || o == nil || !o.HasFinalizer(name) {
 		return err
 	}
 	o.Finalizers = slices.DeleteFunc(o.Finalizers, func(f string) bool { return f == name })
@@ -218,7 +243,7 @@ func (c Collection[S, T]) write(tx *Tx, o *Object[S, T]) error {
 func (c Collection[S, T]) decode(e Entry) (*Object[S, T], error) {
 	o := new(Object[S, T])
 	if err := json.Unmarshal(e.Value, o); err != nil {
-		return nil, fmt.Errorf("decoding %s: %w", e.Key, err)
+		return nil, fmt.Errorf("decoding %s: %w: %w", e.Key, ErrCorrupt, err)
 	}
 	o.Revision = e.ModRev
 	return o, nil

@@ -16,7 +16,7 @@ type Change[S, T any] struct {
 }
 
 // Follow calls fn for every object there is and then for every change, in
-// order, until ctx ends; it returns ctx's error or fn's. A nil Change (ID "")
+// order, until ctx ends; it returns ctx's error, fn's, or ErrCorrupt. A nil Change (ID "")
 // follows the first full listing, so the caller knows it has seen all. When the
 // backend no longer has the revision to go on from, or its watch breaks, Follow
 // lists again and reports objects that vanished meanwhile as gone.
@@ -40,6 +40,9 @@ func (c Collection[S, T]) Follow(ctx context.Context, s *Store, prefix string, f
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		if errors.Is(err, ErrCorrupt) {
+			return err
 		}
 		if !errors.Is(err, ErrCompacted) { // a passing fault: wait a little before listing again
 			select {

@@ -71,6 +71,9 @@ func (m *Memory) List(ctx context.Context, prefix string) ([]Entry, int64, error
 
 // Commit implements Backend.
 func (m *Memory) Commit(ctx context.Context, guards []Guard, writes []Write) (int64, error) {
+	if err := CheckSize(writes); err != nil {
+		return 0, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if err := m.usable(ctx); err != nil {

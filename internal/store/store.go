@@ -23,7 +23,16 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"keyfleet.dev/keyfleet/internal/fault"
 )
+
+// MaxValue is the largest value of a key, in bytes. A commit with a larger one
+// fails with fault.TooLarge.
+const MaxValue = 1 << 20
+
+// maxStored is what a backend must take: MaxValue and what sealing adds.
+const maxStored = MaxValue + 1024
 
 // ErrConflict is returned by Backend.Commit when a guard did not hold.
 var ErrConflict = errors.New("store: a key was changed by somebody else")
@@ -34,6 +43,11 @@ var ErrCompacted = errors.New("store: revision is compacted")
 
 // ErrFenced is returned by Commit when the fence of a deposed leader no longer holds.
 var ErrFenced = errors.New("store: no longer the leader")
+
+// ErrCorrupt is the error of a stored value that cannot be read: it was tampered
+// with, its key is missing, or it is not what its collection holds. Trying again
+// does not help; the error around it names the key.
+var ErrCorrupt = errors.New("store: a stored value cannot be read")
 
 // Entry is one stored key. ModRev and CreateRev are 0 for an absent key.
 type Entry struct {
@@ -83,13 +97,28 @@ type Backend interface {
 	// List reads all keys with the prefix, in key order, at one revision.
 	List(ctx context.Context, prefix string) ([]Entry, int64, error)
 	// Commit applies all writes if all guards hold, and returns the new
-	// revision; otherwise it changes nothing and returns ErrConflict.
+	// revision; otherwise it changes nothing and returns ErrConflict. Each key
+	// is written at most once. A value that [CheckSize] refuses is
+	// fault.TooLarge. After fault.Unavailable, fault.Timeout or the end of ctx
+	// the writes may have been applied or not.
 	Commit(ctx context.Context, guards []Guard, writes []Write) (int64, error)
 	// Watch delivers all changes under prefix after the revision, in order,
 	// until ctx ends (then the channel is closed) or a Batch with Err.
 	Watch(ctx context.Context, prefix string, after int64) <-chan Batch
 	// Close releases what the backend holds. Calls after Close fail.
 	Close() error
+}
+
+// CheckSize refuses writes that no backend takes; backends call it first.
+func CheckSize(writes []Write) error { return checkSize(writes, maxStored) }
+
+func checkSize(writes []Write, limit int) error {
+	for _, w := range writes {
+		if len(w.Value) > limit {
+			return fault.New(fault.TooLarge, "", "The object is too large to be stored: %d bytes, and the limit is %d.", len(w.Value), MaxValue).At(w.Key)
+		}
+	}
+	return nil
 }
 
 // Fence ties writes to a leadership: they commit only while the key still has

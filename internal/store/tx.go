@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	mrand "math/rand/v2"
 	"strings"
 	"time"
 
@@ -51,8 +52,27 @@ func (s *Store) Update(ctx context.Context, fn func(tx *Tx) error) error {
 		if !errors.Is(err, ErrConflict) {
 			return err
 		}
+		if err := yield(ctx, attempt); err != nil {
+			return err
+		}
 	}
 	return fault.New(fault.Unavailable, "", "The resource is being changed by many callers at once.").After(time.Second)
+}
+
+// yield lets others go first after a conflict: at once at first, then after a
+// random time that grows to 64 ms.
+func yield(ctx context.Context, attempt int) error {
+	if attempt < 2 {
+		return ctx.Err()
+	}
+	t := time.NewTimer(mrand.N(time.Millisecond << min(attempt, 6)))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // Context returns the context of the transaction.
@@ -78,6 +98,9 @@ func (tx *Tx) commit() (int64, error) {
 	writes := make([]Write, 0, len(tx.order))
 	for _, k := range tx.order {
 		writes = append(writes, tx.writes[k])
+	}
+	if err := checkSize(writes, MaxValue); err != nil {
+		return 0, err
 	}
 	var rev int64
 	err := effect.Do("commit transaction", func() (err error) {

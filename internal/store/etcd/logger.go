@@ -1,0 +1,68 @@
+package etcd
+
+import (
+	"context"
+	"log/slog"
+	"sync/atomic"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// newLogger returns a zap logger that writes warnings and errors to log. While
+// quiet is set (closing, when etcd reports its own end as errors) it writes at
+// debug level; nil: never.
+func newLogger(log *slog.Logger, quiet *atomic.Bool) *zap.Logger {
+	return zap.New(&slogCore{log: log.With("part", "etcd"), quiet: quiet})
+}
+
+// slogCore is a zapcore.Core on slog.
+type slogCore struct {
+	log   *slog.Logger
+	quiet *atomic.Bool
+}
+
+// Enabled implements zapcore.Core. What etcd says at info level is for those
+// who run etcd itself.
+func (c *slogCore) Enabled(l zapcore.Level) bool { return l >= zapcore.WarnLevel }
+
+// With implements zapcore.Core.
+func (c *slogCore) With(fields []zapcore.Field) zapcore.Core {
+	return &slogCore{log: c.log.With(attributes(fields)...), quiet: c.quiet}
+}
+
+// Check implements zapcore.Core.
+func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(e.Level) {
+		return ce.AddCore(e, c)
+	}
+	return ce
+}
+
+// Write implements zapcore.Core.
+func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	level := slog.LevelWarn
+	if e.Level >= zapcore.ErrorLevel {
+		level = slog.LevelError
+	}
+	if c.quiet != nil && c.quiet.Load() {
+		level = slog.LevelDebug
+	}
+	c.log.Log(context.Background(), level, e.Message, attributes(fields)...)
+	return nil
+}
+
+// Sync implements zapcore.Core.
+func (c *slogCore) Sync() error { return nil }
+
+func attributes(fields []zapcore.Field) []any {
+	enc := zapcore.NewMapObjectEncoder()
+	out := make([]any, 0, len(fields))
+	for _, f := range fields {
+		f.AddTo(enc)
+	}
+	for k, v := range enc.Fields {
+		out = append(out, slog.Any(k, v))
+	}
+	return out
+}
