@@ -10,11 +10,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"keyfleet.dev/keyfleet/internal/packages"
 	"keyfleet.dev/keyfleet/internal/packages/build"
 )
+
+// versionElement is the version in manifest.xml, which is the package's.
+var versionElement = regexp.MustCompile(`<Version>[^<]*</Version>`)
 
 func main() {
 	binary := flag.String("binary", "", "`FILE` of the extension's program")
@@ -40,7 +44,7 @@ func pack(binary, folder, version, out string) error {
 	if err != nil {
 		return err
 	}
-	files := []build.File{{Name: filepath.Base(binary), Content: program, Executable: true}}
+	files := []build.File{{Name: "bin/" + filepath.Base(binary), Content: program, Executable: true}}
 	entries, err := os.ReadDir(folder)
 	if err != nil {
 		return err
@@ -53,7 +57,9 @@ func pack(binary, folder, version, out string) error {
 		if err != nil {
 			return err
 		}
-		content = bytes.ReplaceAll(content, []byte("@VERSION@"), []byte(version))
+		if e.Name() == "manifest.xml" {
+			content = versionElement.ReplaceAll(content, []byte("<Version>"+version+"</Version>"))
+		}
 		files = append(files, build.File{Name: e.Name(), Content: content, Executable: bytes.HasPrefix(content, []byte("#!"))})
 	}
 	var zip bytes.Buffer
