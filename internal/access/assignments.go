@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"keyfleet.dev/keyfleet/api/arm"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/store"
 )
@@ -291,10 +292,10 @@ func byName(tx *store.Tx, name string) (*store.Object[Assignment, struct{}], err
 }
 
 func (a Assignment) check() (Role, error) {
-	if !isGUID(a.Name) {
+	if !arm.IsGUID(a.Name) {
 		return Role{}, fault.New(fault.Invalid, "InvalidRoleAssignmentId", "The role assignment name '%s' is not a GUID.", a.Name).At("name")
 	}
-	if !isGUID(a.Principal) {
+	if !arm.IsGUID(a.Principal) {
 		return Role{}, fault.New(fault.Invalid, "InvalidPrincipalId", "The principal '%s' is not an object id (a GUID).", a.Principal).At("properties.principalId")
 	}
 	if a.Scope != "/" && !strings.HasPrefix(strings.ToLower(a.Scope), "/subscriptions/") {
@@ -328,22 +329,38 @@ func (a Assignment) rootOwner() bool {
 	return strings.TrimRight(a.Scope, "/") == "" && strings.EqualFold(a.RoleID, Owner.ID)
 }
 
-// isGUID reports whether s has the form 8-4-4-4-12 hex digits.
-func isGUID(s string) bool {
-	if len(s) != 36 {
-		return false
+// RemoveScope removes every assignment at or below a scope that ceases to
+// exist, so that a later resource of the same name does not inherit its grants.
+func RemoveScope(tx *store.Tx, scope string) error {
+	list, err := Assignments.List(tx, "")
+	if err != nil {
+		return err
 	}
-	for i, c := range []byte(s) {
-		switch i {
-		case 8, 13, 18, 23:
-			if c != '-' {
-				return false
-			}
-		default:
-			if !strings.ContainsRune("0123456789abcdefABCDEF", rune(c)) {
-				return false
+	for _, o := range list {
+		if covers(scope, o.Spec.Scope) {
+			if err := removeAssignment(tx, o); err != nil {
+				return err
 			}
 		}
 	}
-	return true
+	return nil
+}
+
+// Reaches reports whether the caller has any role at, above or below the
+// scope: whether a listing shows the scope to it at all. It records nothing.
+func (g *Gate) Reaches(ctx context.Context, scope string) (bool, error) {
+	c, _ := From(ctx)
+	if c.Principal.Kind == System {
+		return true, nil
+	}
+	if c.Principal.ObjectID == "" || c.Principal.Kind == Node {
+		return false, nil
+	}
+	list, err := Assignments.List(g.cfg.Store.View(ctx), strings.ToLower(c.Principal.ObjectID)+"/")
+	if err != nil {
+		return false, undecided(err)
+	}
+	return slices.ContainsFunc(list, func(a *store.Object[Assignment, struct{}]) bool {
+		return covers(a.Spec.Scope, scope) || covers(scope, a.Spec.Scope)
+	}), nil
 }

@@ -137,7 +137,7 @@ func (g *Gate) byRole(ctx context.Context, p Principal, op Op) error {
 	}
 	list, err := Assignments.List(g.cfg.Store.View(ctx), strings.ToLower(p.ObjectID)+"/")
 	if err != nil {
-		return fault.New(fault.Unavailable, "", "Access cannot be decided now.").Because(err)
+		return undecided(err)
 	}
 	for _, a := range list {
 		if !covers(a.Spec.Scope, op.Resource) {
@@ -171,4 +171,9 @@ func denied(p Principal, op Op) error {
 		}
 	}
 	return e
+}
+
+// undecided is a failure to read what decides: no answer, so no access.
+func undecided(err error) error {
+	return fault.New(fault.Unavailable, "", "Access cannot be decided now.").Because(err)
 }
