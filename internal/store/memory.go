@@ -18,11 +18,19 @@ type Memory struct {
 
 	rev     int64
 	data    map[string]Entry
-	expiry  map[string]*time.Timer
+	expiry  map[string]expiry
 	history []Event
 	first   int64         // revision of the oldest change in history
 	changed chan struct{} // closed and replaced at each change
 	closed  bool
+
+	deadlines int64 // counts expiries, to tell an old timer from its successor
+}
+
+// expiry is the end of a key that has a TTL.
+type expiry struct {
+	n     int64
+	timer *time.Timer
 }
 
 const memoryHistory = 1024
@@ -31,7 +39,7 @@ var errMemoryClosed = errors.New("store: memory backend is closed")
 
 // NewMemory returns an empty backend.
 func NewMemory() *Memory {
-	return &Memory{rev: 1, first: 1, data: map[string]Entry{}, expiry: map[string]*time.Timer{}, changed: make(chan struct{})}
+	return &Memory{rev: 1, first: 1, data: map[string]Entry{}, expiry: map[string]expiry{}, changed: make(chan struct{})}
 }
 
 // Get implements Backend.
@@ -94,8 +102,8 @@ func (m *Memory) Commit(ctx context.Context, guards []Guard, writes []Write) (in
 }
 
 func (m *Memory) apply(w Write) {
-	if t := m.expiry[w.Key]; t != nil {
-		t.Stop()
+	if x, ok := m.expiry[w.Key]; ok && !w.KeepTTL {
+		x.timer.Stop()
 		delete(m.expiry, w.Key)
 	}
 	if w.Delete {
@@ -113,14 +121,16 @@ func (m *Memory) apply(w Write) {
 	m.data[w.Key] = e
 	m.history = append(m.history, Event{Key: w.Key, Value: e.Value, ModRev: m.rev})
 	if w.TTL > 0 {
-		m.expiry[w.Key] = time.AfterFunc(w.TTL, func() { m.expire(w.Key, e.ModRev) })
+		m.deadlines++
+		n := m.deadlines
+		m.expiry[w.Key] = expiry{n, time.AfterFunc(w.TTL, func() { m.expire(w.Key, n) })}
 	}
 }
 
-func (m *Memory) expire(key string, modRev int64) {
+func (m *Memory) expire(key string, n int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.closed || m.data[key].ModRev != modRev {
+	if m.closed || m.expiry[key].n != n {
 		return
 	}
 	m.rev++
@@ -190,8 +200,8 @@ func (m *Memory) Close() error {
 	defer m.mu.Unlock()
 	if !m.closed {
 		m.closed = true
-		for _, t := range m.expiry {
-			t.Stop()
+		for _, x := range m.expiry {
+			x.timer.Stop()
 		}
 		close(m.changed)
 		m.changed = make(chan struct{})

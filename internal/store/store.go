@@ -66,12 +66,14 @@ type Guard struct {
 }
 
 // Write is one change of a commit. TTL, if positive, removes the key by itself
-// after about that time (resolution one second); Delete removes it now.
+// after about that time (resolution one second); Delete removes it now. KeepTTL
+// changes the value of a key that exists and leaves its time to live as it is.
 type Write struct {
-	Key    string
-	Value  []byte
-	Delete bool
-	TTL    time.Duration
+	Key     string
+	Value   []byte
+	Delete  bool
+	TTL     time.Duration
+	KeepTTL bool
 }
 
 // Event is a change seen by a watch. Value is nil when Deleted.

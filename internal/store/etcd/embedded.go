@@ -120,6 +120,9 @@ func (s *server) start(ctx context.Context, c Config) error {
 	cfg.QuotaBackendBytes, cfg.MaxTxnOps, cfg.MaxRequestBytes = c.Quota, maxTxnOps, maxRequest
 	// A single member needs no log for others to catch up with: keep it short in memory.
 	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 5000, 100
+	// With one member an election is never contested, but etcd still waits a
+	// random part of this time before it holds one: it is most of a start.
+	cfg.TickMs, cfg.ElectionMs = 50, 250
 	cfg.EnableGRPCGateway = false
 	cfg.UnsafeNoFsync = c.NoSync
 	e, err := embed.StartEtcd(cfg)

@@ -159,6 +159,8 @@ func operations(writes []store.Write, leases map[time.Duration]clientv3.LeaseID)
 			out[i] = clientv3.OpDelete(w.Key)
 		case w.TTL > 0:
 			out[i] = clientv3.OpPut(w.Key, string(w.Value), clientv3.WithLease(leases[w.TTL]))
+		case w.KeepTTL:
+			out[i] = clientv3.OpPut(w.Key, string(w.Value), clientv3.WithIgnoreLease())
 		default:
 			out[i] = clientv3.OpPut(w.Key, string(w.Value))
 		}

@@ -287,7 +287,9 @@ func testTTL(t *testing.T, b store.Backend) {
 		store.Write{Key: "/t/long", Value: []byte("1"), TTL: time.Hour},
 		store.Write{Key: "/t/kept", Value: []byte("1"), TTL: 2 * time.Second},
 		store.Write{Key: "/t/plain", Value: []byte("1")})
-	commit(t, b, put("/t/kept", "2")) // written again without a TTL: it stays
+	commit(t, b, put("/t/kept", "2"), // written again without a TTL: it stays
+		store.Write{Key: "/t/short", Value: []byte("2"), KeepTTL: true},
+		store.Write{Key: "/t/plain", Value: []byte("2"), KeepTTL: true})
 	start := time.Now()
 	ctx, cancel := context.WithCancel(deadline(t))
 	defer cancel()
@@ -305,7 +307,7 @@ func testTTL(t *testing.T, b store.Backend) {
 	if took := time.Since(start); took < time.Second || ctx.Err() != nil {
 		t.Errorf("a TTL of 2 s was over after %s (%v)", took, ctx.Err())
 	}
-	if d := cmp.Diff([]string{"/t/kept=2", "/t/long=1", "/t/plain=1"}, contents(t, b, "/t/")); d != "" {
+	if d := cmp.Diff([]string{"/t/kept=2", "/t/long=1", "/t/plain=2"}, contents(t, b, "/t/")); d != "" {
 		t.Errorf("afterwards (-want +got):\n%s", d)
 	}
 }
