@@ -65,14 +65,16 @@ func EncodePFX(key crypto.Signer, chain [][]byte) ([]byte, error) {
 	if len(certs) == 0 {
 		return nil, errors.New("encoding PKCS#12: there is no certificate")
 	}
+	// With an empty password, rounds of key derivation cost time and protect nothing.
+	enc := pkcs12.Modern2023.WithIterations(1)
 	var (
 		out []byte
 		err error
 	)
 	if key == nil {
-		out, err = pkcs12.Modern2023.EncodeTrustStore(certs, "")
+		out, err = enc.EncodeTrustStore(certs, "")
 	} else {
-		out, err = pkcs12.Modern2023.Encode(key, certs[0], certs[1:], "")
+		out, err = enc.Encode(key, certs[0], certs[1:], "")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("encoding PKCS#12: %w", err)
