@@ -222,15 +222,15 @@ func (f *Fleet) OrderHost(ctx context.Context, nodeID, kind string) (*Host, erro
 
 // HostOf returns the host that is the node, nil if none is.
 func (f *Fleet) HostOf(ctx context.Context, nodeID string) (*Host, error) {
-	all, err := f.hostsInUse(ctx)
+	all, err := f.HostsInUse(ctx)
 	if err != nil {
 		return nil, err
 	}
 	return all[nodeID], nil
 }
 
-// hostsInUse returns the hosts that are nodes, by node id.
-func (f *Fleet) hostsInUse(ctx context.Context) (map[string]*Host, error) {
+// HostsInUse returns the hosts that are nodes, by node id.
+func (f *Fleet) HostsInUse(ctx context.Context) (map[string]*Host, error) {
 	all, err := Hosts.List(f.cfg.Store.View(ctx), "")
 	if err != nil {
 		return nil, err

@@ -33,6 +33,7 @@ type NodeSeen struct {
 	StateSince    time.Time          `json:"stateSince,omitzero"`
 	Provider      string             `json:"provider,omitempty"`   // who runs it
 	Allocated     time.Time          `json:"allocated,omitzero"`   // when the provider first had it
+	StartedAt     time.Time          `json:"startedAt,omitzero"`   // when it was last started
 	Attempts      int                `json:"attempts,omitempty"`   // starts that failed in a row
 	StartError    *fault.Detail      `json:"startError,omitempty"` // why the last one failed
 	StartFinal    bool               `json:"startFinal,omitempty"` // trying again cannot help

@@ -44,6 +44,7 @@ type Config struct {
 	Gate       *access.Gate
 	Identities Identities
 	Packages   Packages
+	Groups     Groups        // nil: resource groups are not checked
 	Secrets    SecretAccess  // nil: nothing is said about whether secrets can be read
 	Changes    SecretChanges // nil: nodes get no hints and poll
 	Names      Names         // nil: GoalState.Hosts is empty

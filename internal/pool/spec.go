@@ -185,9 +185,10 @@ const (
 type Status struct {
 	Allocation      string    `json:"allocation"` // Steady, Resizing, Stopping
 	AllocationSince time.Time `json:"allocationSince"`
-	Current         int       `json:"current"`          // nodes that their provider has
-	Next            int       `json:"next"`             // number of the next node; never goes back
-	Resize          *Resize   `json:"resize,omitempty"` // the running resize, or the last one
+	Current         int       `json:"current"`            // nodes that their provider has
+	Next            int       `json:"next"`               // number of the next node; never goes back
+	Resize          *Resize   `json:"resize,omitempty"`   // the running resize, or the last one
+	Findings        []Problem `json:"findings,omitempty"` // faults that depend on the state of the world, when last looked at
 }
 
 // Resize is one resize of a pool.
