@@ -6,8 +6,7 @@
 //	keyfleet-agent version
 //
 // Exit statuses: 0 stopped by a signal, 1 failed, 2 wrong usage, 75 the server
-// asked for a reboot of the node (who started the agent restarts it), 76 this
-// host was released and must not be started again without a new token.
+// asked for a reboot of the node (who started the agent restarts it).
 package main
 
 import (
@@ -19,9 +18,8 @@ import (
 
 // The exit statuses that have a meaning beyond "failed".
 const (
-	exitUsage    = 2
-	exitReboot   = 75
-	exitReleased = 76
+	exitUsage  = 2
+	exitReboot = 75
 )
 
 // command is a sub-command: it gets the arguments after its name and returns the exit status.

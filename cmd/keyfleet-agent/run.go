@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -131,11 +130,8 @@ func serve(cfg agent.Config, verbose bool) int {
 		return 0
 	case errors.Is(err, agent.ErrReboot):
 		return exitReboot
-	case errors.Is(err, agent.ErrReleased):
-		fmt.Fprintf(os.Stderr, "keyfleet-agent: %s; join again with a new token to use it\n", err)
-		return exitReleased
 	default:
-		fmt.Fprintf(os.Stderr, "%s: %s\n", filepath.Base(os.Args[0]), err)
+		fmt.Fprintln(os.Stderr, "keyfleet-agent:", err)
 		return 1
 	}
 }
