@@ -364,3 +364,12 @@ func (g *Gate) Reaches(ctx context.Context, scope string) (bool, error) {
 		return covers(a.Spec.Scope, scope) || covers(scope, a.Spec.Scope)
 	}), nil
 }
+
+// RoleDefinitions returns the built-in roles to a caller who may read role
+// definitions at the scope.
+func (g *Gate) RoleDefinitions(ctx context.Context, scope string) ([]Role, error) {
+	if err := g.Read(ctx, Op{Action: "Microsoft.Authorization/roleDefinitions/read", Resource: scope}); err != nil {
+		return nil, err
+	}
+	return Roles(), nil
+}

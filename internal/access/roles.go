@@ -10,22 +10,37 @@ import (
 // Role is a role definition: what its holder may do under the scope of the assignment.
 // Actions are matched case-insensitively; "*" matches any run of characters.
 type Role struct {
-	ID         string // GUID, as in Azure
-	Name       string
-	Actions    []string
-	NotActions []string
+	ID          string // GUID, as in Azure
+	Name        string
+	Description string
+	Actions     []string
+	NotActions  []string
 }
 
 // The built-in roles (GUIDs as in Azure, so scripts that name them work).
 var (
-	Owner       = Role{ID: "8e3af657-a8ff-443c-a75c-2fe8c4bcb635", Name: "Owner", Actions: []string{"*"}}
-	Contributor = Role{
-		ID: "b24988ac-6180-42a0-ab88-20f7382dd24c", Name: "Contributor", Actions: []string{"*"},
-		NotActions: []string{"Microsoft.Authorization/*/Delete", "Microsoft.Authorization/*/Write", "Microsoft.KeyVault/vaults/accessPolicies/write", "Keyfleet/*"},
+	Owner = Role{
+		ID: "8e3af657-a8ff-443c-a75c-2fe8c4bcb635", Name: "Owner",
+		Description: "Everything, role assignments included.",
+		Actions:     []string{"*"},
 	}
-	Reader                  = Role{ID: "acdd72a7-3385-48ef-bd42-f606fba81ae7", Name: "Reader", Actions: []string{"*/read"}}
+	Contributor = Role{
+		ID: "b24988ac-6180-42a0-ab88-20f7382dd24c", Name: "Contributor",
+		Description: "Everything but role assignments, the access policies of vaults, and the administration of this server.",
+		Actions:     []string{"*"},
+		NotActions: []string{
+			"Microsoft.Authorization/*/Delete", "Microsoft.Authorization/*/Write", "Microsoft.KeyVault/vaults/accessPolicies/write", "Keyfleet/*",
+		},
+	}
+	Reader = Role{
+		ID: "acdd72a7-3385-48ef-bd42-f606fba81ae7", Name: "Reader",
+		Description: "Sees all resources and changes none.",
+		Actions:     []string{"*/read"},
+		NotActions:  []string{"Keyfleet/*"},
+	}
 	ManagedIdentityOperator = Role{
 		ID: "f1a07417-d97a-45cb-824c-7a7467783830", Name: "Managed Identity Operator",
+		Description: "Reads managed identities and puts them on pools.",
 		// Azure lists the forms with "*/"; its matching takes them for the plain ones too.
 		Actions: []string{
 			"Microsoft.ManagedIdentity/userAssignedIdentities/read", "Microsoft.ManagedIdentity/userAssignedIdentities/*/read",

@@ -87,23 +87,23 @@ func (l login) instance(r *azureapi.Request) (*azureapi.Reply, error) {
 // configuration is the answer of OpenID Connect discovery. authorization_endpoint
 // is there because clients insist on it; there is no interactive login.
 type configuration struct {
-	Issuer                 string   `json:"issuer"`
-	TokenEndpoint          string   `json:"token_endpoint"`
-	AuthorizationEndpoint  string   `json:"authorization_endpoint"`
-	JWKSURI                string   `json:"jwks_uri"`
-	AuthMethods            []string `json:"token_endpoint_auth_methods_supported"`
-	GrantTypes             []string `json:"grant_types_supported"`
-	ResponseTypes          []string `json:"response_types_supported"`
-	ResponseModes          []string `json:"response_modes_supported"`
-	SubjectTypes           []string `json:"subject_types_supported"`
-	Algorithms             []string `json:"id_token_signing_alg_values_supported"`
-	Scopes                 []string `json:"scopes_supported"`
-	Claims                 []string `json:"claims_supported"`
-	RequestURIParameter    bool     `json:"request_uri_parameter_supported"`
-	HTTPLogout             bool     `json:"http_logout_supported"`
-	TenantRegionScope      *string  `json:"tenant_region_scope"`
-	CloudInstanceName      string   `json:"cloud_instance_name"`
-	FrontchannelLogout     bool     `json:"frontchannel_logout_supported"`
+	Issuer                string   `json:"issuer"`
+	TokenEndpoint         string   `json:"token_endpoint"`
+	AuthorizationEndpoint string   `json:"authorization_endpoint"`
+	JWKSURI               string   `json:"jwks_uri"`
+	AuthMethods           []string `json:"token_endpoint_auth_methods_supported"`
+	GrantTypes            []string `json:"grant_types_supported"`
+	ResponseTypes         []string `json:"response_types_supported"`
+	ResponseModes         []string `json:"response_modes_supported"`
+	SubjectTypes          []string `json:"subject_types_supported"`
+	Algorithms            []string `json:"id_token_signing_alg_values_supported"`
+	Scopes                []string `json:"scopes_supported"`
+	Claims                []string `json:"claims_supported"`
+	RequestURIParameter   bool     `json:"request_uri_parameter_supported"`
+	HTTPLogout            bool     `json:"http_logout_supported"`
+	TenantRegionScope     *string  `json:"tenant_region_scope"`
+	CloudInstanceName     string   `json:"cloud_instance_name"`
+	FrontchannelLogout    bool     `json:"frontchannel_logout_supported"`
 }
 
 func (l login) configuration(v identity.Version) func(*azureapi.Request) (*azureapi.Reply, error) {
