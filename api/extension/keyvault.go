@@ -19,6 +19,7 @@ const (
 
 	maxPollingSeconds = 366 * 24 * 3600
 	maxHookSeconds    = 900
+	minKeepVersions   = 2 // the predecessor stays for readers that are just opening it
 	maxKeepVersions   = 100
 	maxObserved       = 1000
 )
@@ -146,7 +147,7 @@ func (p *settingsParser) management(v value) {
 		"requireInitialSync":       func(v value) { p.out.RequireInitialSync = p.boolean(v) },
 		"aclEnabled":               func(v value) { p.out.ACLEnabled = p.boolean(v) },
 		"keepVersions": func(v value) {
-			p.out.KeepVersions = int(p.whole(v, 1, maxKeepVersions, "files kept per certificate"))
+			p.out.KeepVersions = int(p.whole(v, minKeepVersions, maxKeepVersions, "files kept per certificate"))
 		},
 		"observedCertificates": func(v value) { observed = &v }, // after the rest: its elements take defaults from it
 	})

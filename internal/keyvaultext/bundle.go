@@ -24,7 +24,7 @@ type bundle struct {
 // password, or PEM. The private key must be there and belong to one of the
 // certificates, which is the leaf.
 func parseBundle(contentType string, value secret) (bundle, error) {
-	text := strings.TrimSpace(string(value))
+	text := strings.TrimSpace(value.reveal())
 	var certs []*x509.Certificate
 	var key crypto.Signer
 	var err error
@@ -155,8 +155,8 @@ func (b bundle) encode() (secret, error) {
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(b.key)
 	if err != nil {
-		return "", notCertificate("its private key is of an unknown type")
+		return secret{}, notCertificate("its private key is of an unknown type")
 	}
 	_ = pem.Encode(&out, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
-	return secret(out.String()), nil
+	return newSecret(out.String()), nil
 }

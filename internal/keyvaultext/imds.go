@@ -53,13 +53,13 @@ func (s *tokenSource) get(ctx context.Context, resource string, stale secret) (s
 			return t.value, nil
 		}
 		if f := fault.From(err); f.Kind != fault.Unavailable && f.Kind != fault.TooMany || try >= s.timing.TokenTries {
-			return "", err
+			return secret{}, err
 		} else if f.RetryAfter > wait {
-			return "", err // longer than is worth holding the certificate's try open
+			return secret{}, err // longer than is worth holding the certificate's try open
 		}
 		select {
 		case <-ctx.Done():
-			return "", err
+			return secret{}, err
 		case <-time.After(wait):
 		}
 		wait *= 2
@@ -138,7 +138,7 @@ func parseToken(body []byte, now time.Time) (token, error) {
 	} else if seconds, err := number(answer.ExpiresIn); err == nil && seconds < math.MaxInt32 {
 		life = time.Duration(seconds) * time.Second
 	}
-	return token{value: secret(answer.AccessToken), refresh: now.Add(life - min(5*time.Minute, life/5))}, nil
+	return token{value: newSecret(answer.AccessToken), refresh: now.Add(life - min(5*time.Minute, life/5))}, nil
 }
 
 func number(raw json.RawMessage) (int64, error) {

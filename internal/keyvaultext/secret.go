@@ -7,9 +7,21 @@ import (
 
 // secret is a value that must not appear in logs, errors or status files: a
 // token, a secret's value, a private key. Printed in any way it is [redacted].
-type secret string
+// It is behind a pointer, because fmt does not ask the methods of unexported
+// fields, and would print a string there.
+type secret struct{ text *string }
 
 const redacted = "[redacted]"
+
+func newSecret(text string) secret { return secret{&text} }
+
+// reveal returns the value, to be used and not kept.
+func (s secret) reveal() string {
+	if s.text == nil {
+		return ""
+	}
+	return *s.text
+}
 
 // String hides the value.
 func (secret) String() string { return redacted }

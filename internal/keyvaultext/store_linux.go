@@ -145,14 +145,15 @@ func fileName(c extension.ObservedCertificate, version string, b bundle) string 
 // when everything is ready and the link is about to move. Doing it again with
 // the same version changes nothing.
 func (s *certificateStore) put(version string, b bundle, beforeSwitch func() error) (stored, error) {
-	data, err := b.encode()
+	text, err := b.encode()
 	if err != nil {
 		return stored{}, err
 	}
+	data := []byte(text.reveal())
 	out := stored{link: s.link(), file: fileName(s.certificate, version, b)}
-	if !holds(s.root, out.file, []byte(data)) {
+	if !holds(s.root, out.file, data) {
 		prepare := func(f *os.File) error { return setAccess(f, s.acl) }
-		if err := replaceFile(s.root, out.file, "certificate file", []byte(data), prepare); err != nil {
+		if err := replaceFile(s.root, out.file, "certificate file", data, prepare); err != nil {
 			return stored{}, storeFault(out.link, err, "check the space and the health of the file system")
 		}
 	}

@@ -136,7 +136,7 @@ func (v *vaultClient) get(ctx context.Context, c extension.ObservedCertificate) 
 		if err != nil {
 			return fetched{}, err
 		}
-		if bearer != "" && told == resource && round > 0 {
+		if bearer != (secret{}) && told == resource && round > 0 {
 			return fetched{}, v.refused(resp, body, c) // a fresh token was refused too
 		}
 		resource = told
@@ -153,8 +153,8 @@ func (v *vaultClient) request(ctx context.Context, c extension.ObservedCertifica
 	if err != nil {
 		return nil, nil, fmt.Errorf("building request: %w", err)
 	}
-	if bearer != "" {
-		req.Header.Set("Authorization", "Bearer "+string(bearer))
+	if bearer != (secret{}) {
+		req.Header.Set("Authorization", "Bearer "+bearer.reveal())
 	}
 	req.Header.Set("User-Agent", "keyfleet-keyvault-extension/"+HandlerVersion)
 	resp, err := v.client().Do(req)
@@ -280,5 +280,5 @@ func parseSecret(body []byte, c extension.ObservedCertificate) (fetched, error) 
 	if !strings.EqualFold(m[1], c.Secret) || c.Version != "" && c.Version != version {
 		return fetched{}, bad("it is another secret than the one asked for")
 	}
-	return fetched{version: version, contentType: b.ContentType, value: secret(b.Value)}, nil
+	return fetched{version: version, contentType: b.ContentType, value: newSecret(b.Value)}, nil
 }
