@@ -2,7 +2,9 @@ package client
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -144,4 +146,23 @@ func cutPrefixFold(s, prefix string) (string, bool) {
 		return s, false
 	}
 	return s[len(prefix):], true
+}
+
+// ObjectID is the caller's own object id: the oid claim of its token. The
+// claim is only read; the server is who checks it.
+func (c *Client) ObjectID(ctx context.Context) (string, error) {
+	tok, err := c.Token(ctx, c.cfg.Endpoints.ResourceManager)
+	if err != nil {
+		return "", err
+	}
+	parts := strings.Split(tok.Reveal(), ".")
+	var claims struct {
+		ObjectID string `json:"oid"`
+	}
+	if len(parts) == 3 {
+		if b, err := base64.RawURLEncoding.DecodeString(parts[1]); err == nil && json.Unmarshal(b, &claims) == nil && claims.ObjectID != "" {
+			return claims.ObjectID, nil
+		}
+	}
+	return "", errors.New("reading the own object id: the token names none")
 }

@@ -1,0 +1,552 @@
+package cli
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"keyfleet.dev/keyfleet/client"
+)
+
+// certificateView shows certificates; policies, where given, is their policies
+// by name, for the column that says when they renew.
+func (t *tool) certificateView() view[object] {
+	return view[object]{
+		name: func(o object) string { return nameOf(o, "id") },
+		columns: append([]column[object]{
+			derived("Name", func(o object) string { return nameOf(o, "id") }),
+			derived("Version", func(o object) string { return versionOf(o, "id") }),
+			t.timeAt("Expires", "attributes.exp"),
+			derived("Renews", t.renews),
+			field("Enabled", "attributes.enabled"),
+		}, only(
+			field("Subject", "policy.x509_props.subject"),
+			derived("Names", func(o object) string { return strings.Join(o.strs("policy.x509_props.sans.dns_names"), ", ") }),
+			field("Issuer", "policy.issuer.name"),
+			derived("Key", keyWords),
+			derived("Renewal", renewalWords),
+			t.timeAt("Not before", "attributes.nbf"),
+			t.timeAt("Created", "attributes.created"),
+			field("Form of the secret", "policy.secret_props.contentType"),
+			field("Thumbprint", "x5t"),
+			field("Id", "id"),
+			field("Secret id", "sid"),
+		)...),
+	}
+}
+
+func keyWords(o object) string {
+	s := o.str("policy.key_props.kty")
+	if n := o.str("policy.key_props.key_size"); n != "" && n != "0" {
+		s += " " + n
+	}
+	if c := o.str("policy.key_props.crv"); c != "" {
+		s += " " + c
+	}
+	return s
+}
+
+// autoRenew returns the trigger of the AutoRenew action.
+func autoRenew(o object) (trigger object, ok bool) {
+	for _, a := range o.objects("policy.lifetime_actions") {
+		if strings.EqualFold(a.str("action.action_type"), "AutoRenew") {
+			return a, true
+		}
+	}
+	return object{}, false
+}
+
+func renewalWords(o object) string {
+	a, ok := autoRenew(o)
+	switch {
+	case o.at("policy") == nil:
+		return ""
+	case !ok:
+		return "none; it expires"
+	case a.num("trigger.days_before_expiry") > 0:
+		return fmt.Sprintf("%d days before it expires", a.num("trigger.days_before_expiry"))
+	}
+	return fmt.Sprintf("at %d %% of its life", a.num("trigger.lifetime_percentage"))
+}
+
+// renewAt is when a certificate's lifetime action is due; zero where nothing renews it.
+func renewAt(o object) time.Time {
+	a, ok := autoRenew(o)
+	nbf, exp := o.time("attributes.nbf"), o.time("attributes.exp")
+	if !ok || nbf.IsZero() || exp.IsZero() {
+		return time.Time{}
+	}
+	if d := a.num("trigger.days_before_expiry"); d > 0 {
+		return exp.AddDate(0, 0, -int(d))
+	}
+	return nbf.Add(time.Duration(float64(exp.Sub(nbf)) * float64(a.num("trigger.lifetime_percentage")) / 100))
+}
+
+func (t *tool) renews(o object) string {
+	if o.at("policy") == nil {
+		return ""
+	}
+	if at := renewAt(o); !at.IsZero() {
+		return t.when(at)
+	}
+	return "never"
+}
+
+func (t *tool) certificateCommand() *cobra.Command {
+	return t.noun("certificate", "Certificates of a vault",
+		t.certificateCreate(), t.certificateShow(), t.certificateList(),
+		t.objectVersions("certificates", "List the versions of a certificate", t.certificateView),
+		t.certificatePolicy(), t.certificateRenew(), t.certificateDownload(),
+		t.objectDelete("certificates", "certificate"), t.objectDeleted("certificates"),
+		t.objectRecover("certificates", "certificate"), t.objectPurge("certificates", "certificate"),
+	)
+}
+
+func (t *tool) certificateShow() *cobra.Command {
+	var version string
+	c := t.verb("show VAULT NAME", "Show a certificate: what it says, when it expires, when it renews", `
+keyfleet certificate show prod1 web
+keyfleet certificate show prod1 web --query sid -o tsv`, cobra.RangeArgs(1, 2),
+		func(ctx context.Context, args []string) error {
+			v, err := t.objectArgs(ctx, args)
+			if err != nil {
+				return err
+			}
+			if version != "" {
+				v.version = version
+			}
+			o, err := t.call(ctx, request(http.MethodGet, v.url("certificates"), client.VersionVaultData, nil))
+			if err != nil {
+				return err
+			}
+			return one(t, o, t.certificateView())
+		})
+	c.Flags().StringVar(&version, "version", "", "version (default: the newest)")
+	return c
+}
+
+func (t *tool) certificateList() *cobra.Command {
+	c := t.verb("list VAULT", "List the certificates of a vault, when they expire and when they renew", "keyfleet certificate list prod1", cobra.ExactArgs(1),
+		func(ctx context.Context, args []string) error {
+			c, err := t.connect(ctx)
+			if err != nil {
+				return err
+			}
+			all, err := t.list(ctx, c.Vault(args[0], "/certificates"), client.VersionVaultData)
+			if err != nil {
+				return err
+			}
+			if t.form() == "table" || t.form() == "tsv" { // the list itself does not say when they renew
+				if err := t.addPolicies(ctx, args[0], all); err != nil {
+					return err
+				}
+			}
+			return many(t, all, t.certificateView())
+		})
+	c.ValidArgsFunction = t.completeVaults
+	return c
+}
+
+// addPolicies replaces list items by the certificates themselves, eight at a time.
+func (t *tool) addPolicies(ctx context.Context, vault string, items []object) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i := range items {
+		g.Go(func() error {
+			v := vaultObject{base: t.client.Vault(vault, ""), vault: vault, name: nameOf(items[i], "id")}
+			o, err := t.call(ctx, request(http.MethodGet, v.url("certificates"), client.VersionVaultData, nil))
+			var e *client.Error
+			if errors.As(err, &e) && (e.Status == http.StatusNotFound || e.Status == http.StatusForbidden) {
+				return nil // being created, or may be listed and not read: the item alone is shown
+			}
+			if err == nil {
+				items[i] = o
+			}
+			return err
+		})
+	}
+	return g.Wait()
+}
+
+// policyFlags are the parts of a certificate policy that have a flag.
+type policyFlags struct {
+	file        string
+	subject     string
+	dns         []string
+	emails      []string
+	keyType     string
+	keySize     int
+	curve       string
+	reuseKey    bool
+	notExport   bool
+	form        string
+	months      int
+	issuer      string
+	daysBefore  int
+	percent     int
+	noRenew     bool
+	keyUsage    []string
+	extKeyUsage []string
+}
+
+func (f *policyFlags) add(c *cobra.Command) {
+	fs := c.Flags()
+	fs.StringVar(&f.file, "policy", "", "file with the whole policy as JSON; - is standard input. The flags below change it")
+	fs.StringVar(&f.subject, "subject", "", "distinguished name (default: CN=NAME)")
+	fs.StringSliceVar(&f.dns, "dns", nil, "DNS names, comma-separated")
+	fs.StringSliceVar(&f.emails, "email", nil, "e-mail addresses, comma-separated")
+	fs.StringVar(&f.keyType, "key-type", "", "RSA or EC (default: EC)")
+	fs.IntVar(&f.keySize, "key-size", 0, "bits of an RSA key: 2048, 3072 or 4096 (default: 2048)")
+	fs.StringVar(&f.curve, "curve", "", "curve of an EC key: P-256, P-384 or P-521 (default: P-256)")
+	fs.BoolVar(&f.reuseKey, "reuse-key", false, "keep the key when renewing")
+	fs.BoolVar(&f.notExport, "not-exportable", false, "the secret has the certificate without its key")
+	fs.StringVar(&f.form, "form", "", "form of the secret: pem or pfx (default: pem)")
+	fs.IntVar(&f.months, "validity", 0, "months that it is valid (default: 12)")
+	fs.StringVar(&f.issuer, "issuer", "", "Self, or the name of an issuer (default: Self)")
+	fs.IntVar(&f.daysBefore, "renew-days-before", 0, "renew this many days before it expires")
+	fs.IntVar(&f.percent, "renew-percent", 0, "renew at this share of its life, 1 to 99 (default: 80)")
+	fs.BoolVar(&f.noRenew, "no-renew", false, "never renew it")
+	fs.StringSliceVar(&f.keyUsage, "key-usage", nil, "key usages, for instance digitalSignature,keyEncipherment")
+	fs.StringSliceVar(&f.extKeyUsage, "eku", nil, "extended key usages as object ids")
+	c.MarkFlagsMutuallyExclusive("renew-days-before", "renew-percent", "no-renew")
+}
+
+// apply puts the flags into a policy. A new policy gets the defaults; an
+// existing one keeps what no flag names.
+func (f *policyFlags) apply(p map[string]any, name string, fresh bool) {
+	part := func(key string) map[string]any {
+		m, ok := p[key].(map[string]any)
+		if !ok {
+			m = map[string]any{}
+			p[key] = m
+		}
+		return m
+	}
+	set := func(m map[string]any, key string, given bool, value, def any) {
+		if given {
+			m[key] = value
+		} else if _, there := m[key]; !there && fresh && def != nil {
+			m[key] = def
+		}
+	}
+	x509 := part("x509_props")
+	set(x509, "subject", f.subject != "", f.subject, "CN="+name)
+	set(x509, "validity_months", f.months != 0, f.months, 12)
+	set(x509, "key_usage", len(f.keyUsage) > 0, f.keyUsage, nil)
+	set(x509, "ekus", len(f.extKeyUsage) > 0, f.extKeyUsage, nil)
+	if len(f.dns)+len(f.emails) > 0 {
+		sans := map[string]any{}
+		set(sans, "dns_names", len(f.dns) > 0, f.dns, nil)
+		set(sans, "emails", len(f.emails) > 0, f.emails, nil)
+		x509["sans"] = sans
+	}
+	f.applyKey(part("key_props"), set)
+	form := map[string]string{"pem": "application/x-pem-file", "pfx": "application/x-pkcs12"}
+	set(part("secret_props"), "contentType", f.form != "", form[f.form], form["pem"])
+	set(part("issuer"), "name", f.issuer != "", f.issuer, "Self")
+	renew := func(trigger string, n int) []any {
+		return []any{map[string]any{"trigger": map[string]int{trigger: n}, "action": map[string]string{"action_type": "AutoRenew"}}}
+	}
+	switch {
+	case f.daysBefore != 0:
+		p["lifetime_actions"] = renew("days_before_expiry", f.daysBefore)
+	case f.percent != 0:
+		p["lifetime_actions"] = renew("lifetime_percentage", f.percent)
+	case f.noRenew:
+		p["lifetime_actions"] = []any{}
+	default:
+		set(p, "lifetime_actions", false, nil, renew("lifetime_percentage", 80))
+	}
+}
+
+func (f *policyFlags) applyKey(key map[string]any, set func(m map[string]any, key string, given bool, value, def any)) {
+	typ := strings.ToUpper(f.keyType)
+	switch {
+	case typ == "" && f.curve != "":
+		typ = "EC"
+	case typ == "" && f.keySize != 0:
+		typ = "RSA"
+	}
+	if typ != "" { // another type makes the other's size meaningless
+		delete(key, "crv")
+		delete(key, "key_size")
+	}
+	set(key, "kty", typ != "", typ, "EC")
+	switch key["kty"] {
+	case "EC":
+		set(key, "crv", f.curve != "", f.curve, "P-256")
+		if typ != "" && f.curve == "" {
+			key["crv"] = "P-256"
+		}
+	case "RSA":
+		set(key, "key_size", f.keySize != 0, f.keySize, 2048)
+		if typ != "" && f.keySize == 0 {
+			key["key_size"] = 2048
+		}
+	}
+	set(key, "exportable", f.notExport, false, true)
+	set(key, "reuse_key", f.reuseKey, true, false)
+}
+
+// policy reads --policy and applies the flags.
+func (t *tool) newPolicy(f *policyFlags, name string) (map[string]any, error) {
+	if f.form != "" && f.form != "pem" && f.form != "pfx" {
+		return nil, usagef("--form %s is not known", f.form).withFix("use pem or pfx")
+	}
+	p := map[string]any{}
+	if f.file != "" {
+		b, err := t.readInput(f.file)
+		if err != nil {
+			return nil, fmt.Errorf("reading the policy: %w", err)
+		}
+		if err := json.Unmarshal(b, &p); err != nil {
+			return nil, usagef("%s is not a policy as JSON: %v", f.file, err).withFix("keyfleet certificate policy VAULT NAME -o json shows one")
+		}
+		if inner, ok := p["policy"].(map[string]any); ok { // the body of a create request
+			p = inner
+		}
+	}
+	f.apply(p, name, true)
+	return p, nil
+}
+
+func (t *tool) certificateCreate() *cobra.Command {
+	var f policyFlags
+	var tagFlags []string
+	c := t.verb("create VAULT NAME", "Create a certificate, or a new version of it by another policy", `
+keyfleet certificate create prod1 web --dns web.example.net,www.example.net
+keyfleet certificate create prod1 web --issuer Self --key-type RSA --validity 1 --renew-percent 50
+keyfleet certificate create prod1 web --policy policy.json`, cobra.RangeArgs(1, 2), nil)
+	c.Long = `Create a certificate. Without flags: CN=NAME, an EC key on P-256, 12 months,
+signed by itself, renewed at 80 % of its life, secret in PEM form.`
+	wait := waitFlags(c, true)
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		v, err := t.objectArgs(ctx, args)
+		if err != nil {
+			return err
+		}
+		p, err := t.newPolicy(&f, v.name)
+		if err != nil {
+			return err
+		}
+		tags, err := tagsOf(tagFlags)
+		if err != nil {
+			return err
+		}
+		body := map[string]any{"policy": p, "attributes": map[string]bool{"enabled": true}}
+		if tags != nil {
+			body["tags"] = tags
+		}
+		op, err := t.call(ctx, request(http.MethodPost, v.url("certificates", "create"), client.VersionVaultData, body))
+		if err != nil {
+			return err
+		}
+		if !wait() {
+			return changed(t, op, t.pendingView(), "Certificate %s is being created.", v)
+		}
+		return t.awaitCertificate(ctx, v, "is there")
+	}
+	f.add(c)
+	c.Flags().StringArrayVar(&tagFlags, "tag", nil, "NAME=VALUE; may be repeated")
+	return c
+}
+
+func (t *tool) pendingView() view[object] {
+	return objectView(field("Id", "id"), field("Status", "status"), field("Details", "status_details"), field("Issuer", "issuer.name"))
+}
+
+// awaitCertificate follows the pending operation and shows the certificate.
+func (t *tool) awaitCertificate(ctx context.Context, v vaultObject, word string) error {
+	err := t.waiting(ctx, 2*time.Minute, fmt.Sprintf("keyfleet certificate show %s %s", v.vault, v.name), func(ctx context.Context, p *progress) error {
+		return t.client.Poll(ctx, 200*time.Millisecond, func(ctx context.Context) (bool, error) {
+			op, err := t.call(ctx, request(http.MethodGet, v.url("certificates", "pending"), client.VersionVaultData, nil))
+			if err != nil {
+				return false, err
+			}
+			p.show("Certificate %s: %s", v, lines(op.str("status"), op.str("status_details")))
+			switch op.str("status") {
+			case "inProgress":
+				return false, nil
+			case "completed":
+				return true, nil
+			}
+			return false, &cliError{
+				code: orElse(op.str("error.code"), "CertificateFailed"), exit: client.ExitFailed,
+				message: fmt.Sprintf("Certificate %s was not created: %s.", v, orElse(op.str("error.message"), op.str("status"))),
+			}
+		})
+	})
+	if err != nil {
+		return err
+	}
+	o, err := t.call(ctx, request(http.MethodGet, v.url("certificates"), client.VersionVaultData, nil))
+	if err != nil {
+		return err
+	}
+	return changed(t, o, t.certificateView(), "Certificate %s %s: version %s, expires %s.", v, word, versionOf(o, "id"), t.when(o.time("attributes.exp")))
+}
+
+func orElse(s, def string) string {
+	if s == "" {
+		return def
+	}
+	return s
+}
+
+func (t *tool) certificatePolicy() *cobra.Command {
+	var f policyFlags
+	c := t.verb("policy VAULT NAME", "Show a certificate's policy, or change what flags name", `
+keyfleet certificate policy prod1 web -o json
+keyfleet certificate policy prod1 web --renew-days-before 30`, cobra.RangeArgs(1, 2), nil)
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		v, err := t.objectArgs(ctx, args)
+		if err != nil {
+			return err
+		}
+		o, err := t.call(ctx, request(http.MethodGet, v.url("certificates", "policy"), client.VersionVaultData, nil))
+		if err != nil {
+			return err
+		}
+		if cmd.LocalNonPersistentFlags().NFlag() > 0 && anyChanged(cmd) {
+			p := o.without("id", "attributes").doc
+			if f.file != "" {
+				p = map[string]any{}
+				b, err := t.readInput(f.file)
+				if err != nil {
+					return fmt.Errorf("reading the policy: %w", err)
+				}
+				if err := json.Unmarshal(b, &p); err != nil {
+					return usagef("%s is not a policy as JSON: %v", f.file, err)
+				}
+			}
+			f.apply(p, v.name, false)
+			if o, err = t.call(ctx, request(http.MethodPatch, v.url("certificates", "policy"), client.VersionVaultData, p)); err != nil {
+				return err
+			}
+		}
+		wrapped := object{doc: map[string]any{"policy": o.doc, "id": o.str("id")}} // so that one set of columns serves both
+		return one(t, o, view[object]{
+			name: func(object) string { return v.name },
+			columns: []column[object]{
+				derived("Subject", func(object) string { return wrapped.str("policy.x509_props.subject") }),
+				derived("Names", func(object) string { return strings.Join(wrapped.strs("policy.x509_props.sans.dns_names"), ", ") }),
+				derived("Issuer", func(object) string { return wrapped.str("policy.issuer.name") }),
+				derived("Key", func(object) string { return keyWords(wrapped) }),
+				derived("Valid", func(object) string { return wrapped.str("policy.x509_props.validity_months") + " months" }),
+				derived("Renewal", func(object) string { return renewalWords(wrapped) }),
+				derived("Form of the secret", func(object) string { return wrapped.str("policy.secret_props.contentType") }),
+			},
+		})
+	}
+	f.add(c)
+	return c
+}
+
+// anyChanged reports whether one of the command's own flags was given.
+func anyChanged(c *cobra.Command) bool {
+	changed := false
+	own := c.LocalNonPersistentFlags()
+	for _, name := range []string{
+		"policy", "subject", "dns", "email", "key-type", "key-size", "curve", "reuse-key", "not-exportable", "form",
+		"validity", "issuer", "renew-days-before", "renew-percent", "no-renew", "key-usage", "eku",
+	} {
+		changed = changed || own.Changed(name)
+	}
+	return changed
+}
+
+func (t *tool) certificateDownload() *cobra.Command {
+	var file, version string
+	var withKey bool
+	c := t.verb("download VAULT NAME", "Write a certificate into a file, with its key only when asked", `
+keyfleet certificate download prod1 web --file web.pem
+keyfleet certificate download prod1 web --file web-with-key.pem --with-key`, cobra.RangeArgs(1, 2),
+		func(ctx context.Context, args []string) error {
+			v, err := t.objectArgs(ctx, args)
+			if err != nil {
+				return err
+			}
+			if version != "" {
+				v.version = version
+			}
+			if withKey {
+				o, err := t.call(ctx, request(http.MethodGet, v.url("secrets"), client.VersionVaultData, nil))
+				if err != nil {
+					return err
+				}
+				return t.saveSecret(o, file)
+			}
+			o, err := t.call(ctx, request(http.MethodGet, v.url("certificates"), client.VersionVaultData, nil))
+			if err != nil {
+				return err
+			}
+			der, err := base64.StdEncoding.DecodeString(o.str("cer"))
+			if err != nil {
+				return fmt.Errorf("decoding the certificate: %w", err)
+			}
+			out := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+			if file == "-" {
+				_, err := t.out.Write(out)
+				return err
+			}
+			return t.newFile(file, out)
+		})
+	c.Flags().StringVarP(&file, "file", "f", "", "file to write; it must not exist. - is standard output (not with --with-key)")
+	c.Flags().StringVar(&version, "version", "", "version (default: the newest)")
+	c.Flags().BoolVar(&withKey, "with-key", false, "the secret: key and chain, in the form that the policy says")
+	_ = c.MarkFlagRequired("file")
+	return c
+}
+
+// readBody reads a request body from a file or standard input.
+func (t *tool) readBody(name string) ([]byte, error) {
+	b, err := t.readInput(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, notFoundf("there is no file %s", strconv.Quote(name))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the body: %w", err)
+	}
+	return b, nil
+}
+
+// renewalsOf says of every certificate of a vault how its renewal stands.
+func (t *tool) renewalsOf(ctx context.Context, vault string) ([]object, error) {
+	return t.list(ctx, t.client.ARM("/keyfleet/v1/vaults/"+url.PathEscape(vault)+"/certificates"), "")
+}
+
+func (t *tool) certificateRenew() *cobra.Command {
+	c := t.verb("renew VAULT NAME", "Renew a certificate now, by its policy", "keyfleet certificate renew prod1 web", cobra.RangeArgs(1, 2), nil)
+	wait := waitFlags(c, true)
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx := cmd.Context()
+		v, err := t.objectArgs(ctx, args)
+		if err != nil {
+			return err
+		}
+		u := t.client.ARM("/keyfleet/v1/vaults/" + url.PathEscape(v.vault) + "/certificates/" + url.PathEscape(v.name) + "/renew")
+		op, err := t.call(ctx, request(http.MethodPost, u, "", nil))
+		if err != nil {
+			return err
+		}
+		if !wait() {
+			return changed(t, op, t.pendingView(), "Certificate %s is being renewed.", v)
+		}
+		return t.awaitCertificate(ctx, v, "is renewed")
+	}
+	return c
+}
