@@ -93,17 +93,17 @@ func (v *Vaults) Issuers(ctx context.Context, vault string) ([]string, error) {
 	return v.issuers(), nil
 }
 
-// CheckIssuer returns nil if policies of the vault may name the issuer.
-func (v *Vaults) CheckIssuer(ctx context.Context, vault, name string) error {
+// Issuer returns the name of an issuer that policies of the vault may name, in its own casing.
+func (v *Vaults) Issuer(ctx context.Context, vault, name string) (string, error) {
 	if _, err := v.read(ctx, vault, "certificates/getissuers", "certificates/issuers/"+lower(name)); err != nil {
-		return err
+		return "", err
 	}
 	for _, i := range v.issuers() {
 		if lower(i) == lower(name) {
-			return nil
+			return i, nil
 		}
 	}
-	return fault.New(fault.NotFound, "CertificateIssuerNotFound", "Issuer not found: %s. There are: %v.", name, v.issuers())
+	return "", fault.New(fault.NotFound, "CertificateIssuerNotFound", "Issuer not found: %s. There are: %v.", name, v.issuers())
 }
 
 func (v *Vaults) issuers() []string {

@@ -29,37 +29,47 @@ type seen struct {
 	revision int64
 }
 
-// Feed returns a feed of the capability's secrets. It knows what [Feed.Follow] has delivered.
-func (v *Vaults) Feed() *Feed { return &Feed{store: v.store, known: map[string]seen{}} }
-
 // Follow calls fn for every secret there is, and then whenever the newest
 // version of one changes, milliseconds after the commit, until ctx ends or fn
 // fails. A secret that is deleted, or comes back, counts as changed. Names are
-// in lower case. Run it once for a Feed.
+// in lower case. When fn is called, Revision answers that revision already.
 func (f *Feed) Follow(ctx context.Context, fn func(vault, secret string, revision int64) error) error {
+	told := map[string]string{} // by head id: the newest version that fn knows of
 	return secrets.Follow(ctx, f.store, "", func(ch store.Change[head, none]) error {
-		if ch.ID == "" || !f.note(ch) {
+		if ch.ID == "" {
 			return nil
 		}
+		version := newestOf(ch.Object)
+		old, ok := told[ch.ID]
+		if ch.Object == nil {
+			delete(told, ch.ID)
+		} else {
+			told[ch.ID] = version
+		}
+		if ok && old == version {
+			return nil
+		}
+		f.note(ch.ID, version, ch.Revision)
 		vault, secret := splitID(ch.ID)
 		return fn(vault, secret, ch.Revision)
 	})
 }
 
-// note remembers a change and reports whether the newest version is another one.
-func (f *Feed) note(ch store.Change[head, none]) bool {
-	now := seen{revision: ch.Revision}
-	if ch.Object != nil && ch.Object.Spec.Deleted == nil {
-		now.version = ch.Object.Spec.Current
+// newestOf is the version that a reader without a version gets; empty if none.
+func newestOf(h *secretHead) string {
+	if h == nil || h.Spec.Deleted != nil {
+		return ""
 	}
+	return h.Spec.Current
+}
+
+// note remembers a change, unless another follower was faster.
+func (f *Feed) note(id, version string, revision int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	old, ok := f.known[ch.ID]
-	if ok && old.version == now.version {
-		return false
+	if old := f.known[id]; revision > old.revision && (version != old.version || old.revision == 0) {
+		f.known[id] = seen{version, revision}
 	}
-	f.known[ch.ID] = now
-	return true
 }
 
 // Revision returns the store's revision at which the newest version of a secret

@@ -307,7 +307,9 @@ func (r vaultReconciler) Finalize(ctx context.Context, s *store.Store, obj *vaul
 		func() error { return removeAll(ctx, s, certificateVersions, prefix) },
 		func() error { return removeAll(ctx, s, secrets, prefix) },
 		func() error { return removeAll(ctx, s, secretVersions, prefix) },
-		func() error { return removeAll(ctx, s, contacts, obj.ID) },
+		func() error {
+			return s.Update(ctx, func(tx *store.Tx) error { return contacts.Delete(tx, obj.ID) })
+		},
 	} {
 		if err := remove(); err != nil {
 			return false, reconcile.Result{}, err

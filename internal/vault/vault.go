@@ -70,18 +70,19 @@ type Config struct {
 	Clock  *Clock           // policy time, for renewals; nil: real time
 	Issuer Issuer           // the issuer named Keyfleet; nil: there is none
 	Log    *slog.Logger     // nil: slog.Default()
+	Tenant string           // tenant that vaults belong to; empty: the one their PUT names
 
-	// Scope checks that a resource group exists and returns the tenant of its
-	// subscription; a fault.NotFound otherwise. Group is empty for a question
-	// about the subscription alone. Nil: nothing is checked.
-	Scope func(ctx context.Context, subscription, group string) (tenant string, err error)
+	// Require fails if no vault can be made in the resource group now. It is
+	// called in the transaction that makes the vault. Nil: nothing is checked.
+	Require func(tx *store.Tx, subscription, group string) error
 }
 
-// Vaults is the capability. It holds no state of its own; make it with [New].
+// Vaults is the capability. Make it with [New].
 type Vaults struct {
 	cfg   Config
 	store *store.Store
 	gate  *access.Gate
+	feed  *Feed
 }
 
 // New returns the capability on a store.
@@ -92,8 +93,16 @@ func New(cfg Config) *Vaults {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	return &Vaults{cfg: cfg, store: cfg.Store, gate: cfg.Gate}
+	return &Vaults{cfg: cfg, store: cfg.Store, gate: cfg.Gate, feed: &Feed{store: cfg.Store, known: map[string]seen{}}}
 }
+
+// Run keeps what the feed knows up to date until ctx ends. Every server runs it.
+func (v *Vaults) Run(ctx context.Context) error {
+	return v.feed.Follow(ctx, func(string, string, int64) error { return nil })
+}
+
+// Feed tells which secrets change.
+func (v *Vaults) Feed() *Feed { return v.feed }
 
 // now is the real time to the second, as Key Vault's attributes carry it.
 func (v *Vaults) now() time.Time { return v.cfg.Now().UTC().Truncate(time.Second) }

@@ -45,8 +45,7 @@ func (v *Vaults) PutVault(ctx context.Context, id arm.ID, spec VaultSpec) (vt Va
 	if err := spec.check(); err != nil {
 		return Vault{}, false, err
 	}
-	tenant, err := v.scopeTenant(ctx, id)
-	if err != nil {
+	if err := CheckName(id.Name()); err != nil {
 		return Vault{}, false, err
 	}
 	may := v.gate.Can(ctx, access.Op{Action: actionPolicies, Resource: id.String()}) == nil
@@ -55,18 +54,23 @@ func (v *Vaults) PutVault(ctx context.Context, id arm.ID, spec VaultSpec) (vt Va
 		if err != nil {
 			return err
 		}
+		if v.cfg.Require != nil && (obj == nil || obj.Spec.Deleted != nil) {
+			if err := v.cfg.Require(tx, id.Subscription, id.ResourceGroup); err != nil {
+				return err
+			}
+		}
 		switch created = obj == nil; {
 		case obj == nil && spec.Recover:
 			return fault.New(fault.NotFound, "DeletedVaultNotFound", "There is no deleted vault '%s' to recover.", id.Name())
 		case obj == nil:
-			obj = v.newVault(id)
+			obj = newVault(id)
 		default:
 			if err := takeOver(obj, id, spec.Recover); err != nil {
 				return err
 			}
 		}
 		old := obj.Spec.Policies
-		if err := spec.apply(&obj.Spec, created, tenant); err != nil {
+		if err := spec.apply(&obj.Spec, created, v.cfg.Tenant); err != nil {
 			return err
 		}
 		if !may {
@@ -88,11 +92,7 @@ func (v *Vaults) PatchVault(ctx context.Context, id arm.ID, spec VaultSpec) (Vau
 	if err := spec.check(); err != nil {
 		return Vault{}, err
 	}
-	tenant, err := v.scopeTenant(ctx, id)
-	if err != nil {
-		return Vault{}, err
-	}
-	return v.edit(ctx, id, spec.detail(), func(vt *Vault) error { return spec.apply(vt, false, tenant) })
+	return v.edit(ctx, id, spec.detail(), func(vt *Vault) error { return spec.apply(vt, false, v.cfg.Tenant) })
 }
 
 // ChangePolicies adds, replaces or removes access policies. The principal needs
@@ -218,6 +218,16 @@ func (v *Vaults) PurgeVault(ctx context.Context, subscription, location, name st
 	})
 }
 
+// PurgeDone reports whether nothing of a vault that was purged is left.
+func (v *Vaults) PurgeDone(ctx context.Context, subscription, name string) (bool, error) {
+	scope := arm.ID{Subscription: subscription}
+	if err := v.gate.Read(ctx, access.Op{Action: actionReadDeleted, Resource: scope.String()}); err != nil {
+		return false, err
+	}
+	obj, err := vaults.Lookup(v.store.View(ctx), lower(name))
+	return obj == nil || obj.Deleting.IsZero(), err
+}
+
 // NameAvailable reports whether a new vault can have the name, and why not.
 func (v *Vaults) NameAvailable(ctx context.Context, subscription, name string) (reason error, err error) {
 	scope := arm.ID{Subscription: subscription}
@@ -232,16 +242,6 @@ func (v *Vaults) NameAvailable(ctx context.Context, subscription, name string) (
 		return nil, err
 	}
 	return taken(name), nil
-}
-
-func (v *Vaults) scopeTenant(ctx context.Context, id arm.ID) (string, error) {
-	if err := CheckName(id.Name()); err != nil {
-		return "", err
-	}
-	if v.cfg.Scope == nil {
-		return "", nil
-	}
-	return v.cfg.Scope(ctx, id.Subscription, id.ResourceGroup)
 }
 
 func (v *Vaults) list(ctx context.Context, keep func(*Vault) bool) ([]Vault, error) {
@@ -260,7 +260,7 @@ func (v *Vaults) list(ctx context.Context, keep func(*Vault) bool) ([]Vault, err
 
 // newVault is a vault with nothing said about it. The finalizer is there from
 // the start: the name must not come free while something of the vault is left.
-func (v *Vaults) newVault(id arm.ID) *vaultObject {
+func newVault(id arm.ID) *vaultObject {
 	obj := &vaultObject{Spec: Vault{
 		Name: id.Name(), ResourceID: id.String(), SKU: "standard", RetentionDays: defaultRetention,
 	}}
@@ -368,7 +368,7 @@ func (s *VaultSpec) check() error {
 	return nil
 }
 
-// apply lays what was sent over the vault. tenant is that of the subscription, or empty.
+// apply lays what was sent over the vault. tenant is that of the subscription; empty: not checked.
 func (s *VaultSpec) apply(vt *Vault, created bool, tenant string) error {
 	if err := s.applyFixed(vt, created, tenant); err != nil {
 		return err
