@@ -137,7 +137,8 @@ type Store struct {
 	incarnation string
 }
 
-const incarnationKey = "/meta/incarnation"
+// IncarnationKey holds the incarnation; a backup leaves it out.
+const IncarnationKey = "/meta/incarnation"
 
 // New opens a store on a backend. On a new backend it writes the incarnation,
 // a random name that a restore changes, so that an ETag from before the
@@ -145,13 +146,13 @@ const incarnationKey = "/meta/incarnation"
 func New(ctx context.Context, b Backend) (*Store, error) {
 	s := &Store{backend: b}
 	err := s.Update(ctx, func(tx *Tx) error {
-		e, err := tx.get(incarnationKey)
+		e, err := tx.get(IncarnationKey)
 		if err != nil {
 			return err
 		}
 		if e.ModRev == 0 {
 			s.incarnation = newID()[:8]
-			tx.put(incarnationKey, []byte(s.incarnation), 0)
+			tx.put(IncarnationKey, []byte(s.incarnation), 0)
 			return nil
 		}
 		s.incarnation = string(e.Value)
@@ -164,7 +165,7 @@ func New(ctx context.Context, b Backend) (*Store, error) {
 func (s *Store) Renew(ctx context.Context) error {
 	return s.Update(ctx, func(tx *Tx) error {
 		s.incarnation = newID()[:8]
-		tx.put(incarnationKey, []byte(s.incarnation), 0)
+		tx.put(IncarnationKey, []byte(s.incarnation), 0)
 		return nil
 	})
 }

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
@@ -32,6 +33,7 @@ const (
 type server struct {
 	etcd    *embed.Etcd
 	lock    *os.File
+	quiet   atomic.Bool // while starting and closing, what etcd reports is expected, or an error that we return
 	closing atomic.Bool
 	ended   chan struct{} // closed when etcd ended before close was called
 }
@@ -115,7 +117,7 @@ func (s *server) start(ctx context.Context, c Config) error {
 	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = nil, nil
 	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{none}, []url.URL{none}
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newLogger(c.Log, &s.closing))
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newLogger(c.Log, &s.quiet))
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = embed.CompactorModePeriodic, keepHistory
 	cfg.QuotaBackendBytes, cfg.MaxTxnOps, cfg.MaxRequestBytes = c.Quota, maxTxnOps, maxRequest
 	// A single member needs no log for others to catch up with: keep it short in memory.
@@ -125,6 +127,7 @@ func (s *server) start(ctx context.Context, c Config) error {
 	cfg.TickMs, cfg.ElectionMs = 50, 250
 	cfg.EnableGRPCGateway = false
 	cfg.UnsafeNoFsync = c.NoSync
+	s.quiet.Store(true)
 	e, err := embed.StartEtcd(cfg)
 	if err != nil {
 		return fmt.Errorf("starting the embedded etcd in %s: %w", cfg.Dir, err)
@@ -139,10 +142,10 @@ func (s *server) start(ctx context.Context, c Config) error {
 		err = fmt.Errorf("not ready after %s", readyTime)
 	}
 	if err != nil {
-		s.closing.Store(true)
 		e.Close()
 		return fmt.Errorf("starting the embedded etcd in %s: %w", cfg.Dir, err)
 	}
+	s.quiet.Store(false)
 	go s.watch()
 	return nil
 }
@@ -159,6 +162,7 @@ func (s *server) failed() <-chan struct{} { return s.ended }
 
 func (s *server) close() error {
 	s.closing.Store(true)
+	s.quiet.Store(true)
 	s.etcd.Close()
 	return s.lock.Close()
 }
@@ -185,26 +189,33 @@ func (b *Backend) settle(ctx context.Context, quota int64) error {
 	return nil
 }
 
+// Compact forgets all history up to now. Watches that are behind are told so.
+func (b *Backend) Compact(ctx context.Context) error {
+	head, err := b.client.Get(ctx, "/meta/", clientv3.WithPrefix(), clientv3.WithCountOnly())
+	if err != nil {
+		return b.explain(ctx, "compacting", err)
+	}
+	_, err = b.client.Compact(ctx, head.Header.Revision, clientv3.WithCompactPhysical())
+	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // that was done already
+		return b.explain(ctx, "compacting", err)
+	}
+	return nil
+}
+
 // reclaim gives the space of old revisions back to the file system and clears
 // the NOSPACE alarm if that helped.
 func (b *Backend) reclaim(ctx context.Context, quota int64) error {
-	head, err := b.client.Get(ctx, "/meta/", clientv3.WithCountOnly())
-	if err != nil {
+	if err := b.Compact(ctx); err != nil {
 		return err
 	}
-	if _, err := b.client.Compact(ctx, head.Header.Revision, clientv3.WithCompactPhysical()); err != nil {
-		return fmt.Errorf("compacting: %w", err)
-	}
-	if _, err := b.client.Defragment(ctx, ""); err != nil {
+	// The client's Defragment and Status need a listener; the server has them too.
+	file := b.server.etcd.Server.Backend()
+	if err := file.Defrag(); err != nil {
 		return fmt.Errorf("defragmenting: %w", err)
 	}
-	status, err := b.client.Status(ctx, "")
-	if err != nil {
-		return err
+	if file.Size() >= quota*9/10 {
+		return fmt.Errorf("%d bytes are in use and the quota is %d", file.Size(), quota)
 	}
-	if status.DbSize >= quota*9/10 {
-		return fmt.Errorf("%d bytes are in use and the quota is %d", status.DbSize, quota)
-	}
-	_, err = b.client.AlarmDisarm(ctx, &clientv3.AlarmMember{})
+	_, err := b.client.AlarmDisarm(ctx, &clientv3.AlarmMember{})
 	return err
 }

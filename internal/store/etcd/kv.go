@@ -46,15 +46,16 @@ func entry(kv *mvccpb.KeyValue) store.Entry {
 // List implements store.Backend. It reads in pages, all at the revision of the first.
 func (b *Backend) List(ctx context.Context, prefix string) ([]store.Entry, int64, error) {
 	var out []store.Entry
-	rev, err := b.scan(ctx, prefix, func(kv *mvccpb.KeyValue) error {
+	rev, err := b.scan(ctx, prefix, 0, func(kv *mvccpb.KeyValue) error {
 		out = append(out, entry(kv))
 		return nil
 	})
 	return out, rev, err
 }
 
-// scan calls fn for every key under the prefix, in order, at one revision.
-func (b *Backend) scan(ctx context.Context, prefix string, fn func(*mvccpb.KeyValue) error) (rev int64, err error) {
+// scan calls fn for every key under the prefix, in order, as of rev, or as of
+// the newest revision if rev is 0; it returns the revision.
+func (b *Backend) scan(ctx context.Context, prefix string, rev int64, fn func(*mvccpb.KeyValue) error) (int64, error) {
 	end := clientv3.GetPrefixRangeEnd(prefix)
 	if prefix == "" {
 		prefix, end = "\x00", "\x00" // etcd's way of saying: all keys

@@ -9,11 +9,17 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// newLogger returns a zap logger that writes warnings and errors to log. While
-// quiet is set (closing, when etcd reports its own end as errors) it writes at
-// debug level; nil: never.
+// newLogger returns a zap logger that writes warnings and errors to log; while
+// quiet is set (nil: never) at debug level.
 func newLogger(log *slog.Logger, quiet *atomic.Bool) *zap.Logger {
 	return zap.New(&slogCore{log: log.With("part", "etcd"), quiet: quiet})
+}
+
+// early are messages of a new etcd that looks for a term in its file before the
+// first one is written there; it looks again.
+var early = map[string]bool{
+	"Failed to detect schema version":  true,
+	"failed to update storage version": true,
 }
 
 // slogCore is a zapcore.Core on slog.
@@ -45,7 +51,7 @@ func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	if e.Level >= zapcore.ErrorLevel {
 		level = slog.LevelError
 	}
-	if c.quiet != nil && c.quiet.Load() {
+	if c.quiet != nil && c.quiet.Load() || early[e.Message] {
 		level = slog.LevelDebug
 	}
 	c.log.Log(context.Background(), level, e.Message, attributes(fields)...)

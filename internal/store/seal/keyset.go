@@ -142,6 +142,18 @@ func (k *Keyset) replace(h *keyset.Handle) error {
 	return nil
 }
 
+// Steady calls fn with the wrapped keyset and lets no key be added or thrown away
+// until fn returns: what is read from the store meanwhile fits the keyset.
+func (k *Keyset) Steady(fn func(wrapped []byte) error) error {
+	k.using.RLock()
+	defer k.using.RUnlock()
+	wrapped, err := os.ReadFile(k.path)
+	if err != nil {
+		return fmt.Errorf("reading the keyset: %w", err)
+	}
+	return fn(wrapped)
+}
+
 // String tells of a keyset what may be told.
 func (k *Keyset) String() string {
 	st := k.state()

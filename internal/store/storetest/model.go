@@ -38,7 +38,7 @@ func testModel(t *testing.T, b store.Backend) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d := cmp.Diff(m.sorted(), got); d != "" {
+			if d := cmp.Diff(m.sorted(), append([]store.Entry{}, got...)); d != "" {
 				t.Fatalf("after writes %+v (-model +backend):\n%s", writes, d)
 			}
 		}
@@ -81,7 +81,7 @@ func (m *model) apply(t *rapid.T, writes []store.Write, rev int64) {
 }
 
 func (m *model) sorted() []store.Entry {
-	var out []store.Entry
+	out := []store.Entry{}
 	for _, e := range m.entries {
 		out = append(out, e)
 	}
