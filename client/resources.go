@@ -8,7 +8,7 @@ import (
 	"keyfleet.dev/keyfleet/api/arm"
 )
 
-// api-versions that the typed calls send.
+// api-versions that the typed calls and the command line send.
 const (
 	VersionResources     = "2021-04-01"
 	VersionSubscriptions = "2022-12-01"
@@ -36,75 +36,42 @@ func ResourceID(subscription, group, provider string, typesAndNames ...string) s
 	return id.String()
 }
 
-// Subscription is a subscription.
-type Subscription struct {
-	ID             string `json:"id"`
-	SubscriptionID string `json:"subscriptionId"`
-	TenantID       string `json:"tenantId"`
-	DisplayName    string `json:"displayName"`
-	State          string `json:"state"`
-}
-
-// Subscriptions lists the subscriptions that the caller sees.
-func (c *Client) Subscriptions(ctx context.Context) ([]Subscription, error) {
-	return List[Subscription](ctx, c, Request{Method: http.MethodGet, URL: c.ARM("/subscriptions"), Version: VersionSubscriptions})
-}
-
-// Group is a resource group.
-type Group struct {
-	ID         string            `json:"id"`
-	Name       string            `json:"name"`
-	Type       string            `json:"type,omitempty"`
-	Location   string            `json:"location"`
-	Tags       map[string]string `json:"tags,omitempty"`
-	Properties struct {
-		ProvisioningState string `json:"provisioningState,omitempty"`
-	} `json:"properties"`
-}
-
-// Groups lists the resource groups of a subscription.
-func (c *Client) Groups(ctx context.Context, subscription string) ([]Group, error) {
-	return List[Group](ctx, c, Request{Method: http.MethodGet, URL: c.ARM("/subscriptions/" + subscription + "/resourcegroups"), Version: VersionResources})
-}
-
-// PutGroup creates or updates a resource group.
-func (c *Client) PutGroup(ctx context.Context, subscription, name, location string, tags map[string]string) (Group, error) {
-	var g Group
-	err := c.Call(ctx, Request{
-		Method: http.MethodPut, URL: c.ARM(GroupID(subscription, name)), Version: VersionResources,
-		Body: map[string]any{"location": location, "tags": tags},
-	}, &g)
-	return g, err
-}
-
-// Role is a role definition.
-type Role struct {
-	ID         string `json:"id"`
-	Name       string `json:"name"`
-	Properties struct {
-		RoleName    string `json:"roleName"`
-		Description string `json:"description,omitempty"`
-		Type        string `json:"type,omitempty"`
-	} `json:"properties"`
-}
-
-// RoleAssignment is a grant of a role at a scope.
-type RoleAssignment struct {
-	ID         string                   `json:"id"`
-	Name       string                   `json:"name"`
-	Type       string                   `json:"type,omitempty"`
-	Properties RoleAssignmentProperties `json:"properties"`
-}
-
-// RoleAssignmentProperties says who has which role where.
-type RoleAssignmentProperties struct {
-	RoleDefinitionID string `json:"roleDefinitionId"`
-	PrincipalID      string `json:"principalId"`
-	PrincipalType    string `json:"principalType,omitempty"`
-	Scope            string `json:"scope,omitempty"`
-}
-
 // AtScope is the URL of something of Microsoft.Authorization at a scope; "/" is everything.
 func (c *Client) AtScope(scope, rest string) string {
 	return c.ARM(strings.TrimRight(scope, "/") + "/providers/Microsoft.Authorization/" + rest)
+}
+
+// Subscriptions lists the subscriptions that the caller sees.
+func (c *Client) Subscriptions(ctx context.Context) ([]arm.Subscription, error) {
+	return List[arm.Subscription](ctx, c, Request{Method: http.MethodGet, URL: c.ARM("/subscriptions"), Version: VersionSubscriptions})
+}
+
+// CreateSubscription makes a subscription with a chosen id; the same id again is no error.
+func (c *Client) CreateSubscription(ctx context.Context, id, displayName string) (arm.Subscription, error) {
+	return call[arm.Subscription](ctx, c, http.MethodPost, c.ARM("/keyfleet/v1/subscriptions"), "",
+		arm.NewSubscription{SubscriptionID: id, DisplayName: displayName})
+}
+
+// Groups lists the resource groups of a subscription.
+func (c *Client) Groups(ctx context.Context, subscription string) ([]arm.ResourceGroup, error) {
+	return List[arm.ResourceGroup](ctx, c, Request{Method: http.MethodGet, URL: c.ARM("/subscriptions/" + subscription + "/resourcegroups"), Version: VersionResources})
+}
+
+// PutGroup creates or updates a resource group.
+func (c *Client) PutGroup(ctx context.Context, subscription, name, location string) (arm.ResourceGroup, error) {
+	return call[arm.ResourceGroup](ctx, c, http.MethodPut, c.ARM(GroupID(subscription, name)), VersionResources, arm.ResourceGroup{Location: location})
+}
+
+// PutRoleAssignment gives a principal a role at a scope. name is a GUID; the
+// same assignment again is no error.
+func (c *Client) PutRoleAssignment(ctx context.Context, scope, name, roleDefinitionID, principalID string) (arm.RoleAssignment, error) {
+	return call[arm.RoleAssignment](ctx, c, http.MethodPut, c.AtScope(scope, "roleAssignments/"+name), VersionRoles,
+		arm.RoleAssignment{Properties: arm.RoleAssignmentProperties{RoleDefinitionID: roleDefinitionID, PrincipalID: principalID}})
+}
+
+// call is one call with a typed answer.
+func call[T any](ctx context.Context, c *Client, method, url, version string, body any) (T, error) {
+	var out T
+	err := c.Call(ctx, Request{Method: method, URL: url, Version: version, Body: body}, &out)
+	return out, err
 }

@@ -166,3 +166,25 @@ func (c *Client) ObjectID(ctx context.Context) (string, error) {
 	}
 	return "", errors.New("reading the own object id: the token names none")
 }
+
+// AskTenant returns the tenant that the server names when it refuses a request
+// without a token (authorization_uri="https://LOGIN/TENANT"); empty if it names none.
+func (c *Client) AskTenant(ctx context.Context) string {
+	_, err := c.send(ctx, Request{Method: http.MethodGet, URL: c.ARM("/subscriptions"), Version: VersionSubscriptions}, "")
+	var e *Error
+	if !errors.As(err, &e) {
+		return ""
+	}
+	for _, v := range e.header.Values("WWW-Authenticate") {
+		_, rest, ok := strings.Cut(v, `authorization_uri="`)
+		uri, _, closed := strings.Cut(rest, `"`)
+		u, err := url.Parse(uri)
+		if !ok || !closed || err != nil {
+			continue
+		}
+		if tenant, _, _ := strings.Cut(strings.Trim(u.Path, "/"), "/"); tenant != "" {
+			return tenant
+		}
+	}
+	return ""
+}

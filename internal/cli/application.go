@@ -14,10 +14,10 @@ func (t *tool) applicationView() view[object] {
 		name: func(o object) string { return o.str("appId") },
 		columns: append([]column[object]{
 			field("Name", "displayName"), field("Client id", "appId"), field("Object id", "id"),
-			derived("Secrets", func(o object) string { return strconv.Itoa(len(o.objects("passwordCredentials"))) }),
+			derived("Secrets", func(o object) string { return strconv.Itoa(len(o.objects("secrets"))) }),
 		}, only(derived("Secret ids", func(o object) string {
 			var out []string
-			for _, s := range o.objects("passwordCredentials") {
+			for _, s := range o.objects("secrets") {
 				line := s.str("keyId") + "  " + s.str("hint") + "..."
 				if at := s.time("endDateTime"); !at.IsZero() {
 					line += "  until " + t.when(at)
@@ -95,17 +95,17 @@ func (s *secretOut) add(c *cobra.Command) {
 
 // deliver hands over the secret of an answer, and shows the answer.
 func (t *tool) deliver(o object, s secretOut, format string, args ...any) error {
-	secret := o.str("clientSecret")
+	secret := o.str("secretText")
 	if s.file != "" {
 		quiet := *t
 		quiet.flags.output = "none"
 		if err := quiet.newFile(s.file, []byte(secret+"\n")); err != nil {
 			return err
 		}
-		o = o.without("clientSecret")
+		o = o.without("secretText")
 	}
 	vw := t.applicationView()
-	vw.columns = append(vw.columns, only(field("Secret id", "keyId"), field("Client secret", "clientSecret"))...)
+	vw.columns = append(vw.columns, only(field("Secret id", "keyId"), field("Client secret", "secretText"))...)
 	if s.reveal || t.form() != "table" {
 		return one(t, o, vw)
 	}

@@ -55,7 +55,7 @@ func (t *tool) subscriptionCommand() *cobra.Command {
 				return err
 			}
 			body := map[string]any{"subscriptionId": args[0], "displayName": name}
-			o, err := t.call(ctx, request(http.MethodPut, c.ARM("/keyfleet/v1/subscriptions/"+args[0]), "", body))
+			o, err := t.call(ctx, request(http.MethodPost, c.ARM("/keyfleet/v1/subscriptions"), "", body))
 			if err != nil {
 				return err
 			}

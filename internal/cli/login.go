@@ -165,7 +165,6 @@ type metadata struct {
 	Batch           string `json:"batch"`
 	Authentication  struct {
 		LoginEndpoint string `json:"loginEndpoint"`
-		Tenant        string `json:"tenant"`
 	} `json:"authentication"`
 	Suffixes struct {
 		KeyVaultDNS string `json:"keyVaultDns"`
@@ -211,10 +210,9 @@ func (t *tool) discover(ctx context.Context, f loginFlags, secret keyfleet.Secre
 	tg.Endpoints = keyfleet.Endpoints{ResourceManager: base, Login: login, VaultSuffix: vault, BatchSuffix: batch, Listen: f.address}
 	tg.Endpoints.Node = "https://node." + strings.TrimPrefix(vault, "vault.")
 	if f.tenant == "" {
-		if m.Authentication.Tenant == "" || m.Authentication.Tenant == "common" {
+		if tg.Tenant = c.AskTenant(ctx); tg.Tenant == "" {
 			return nil, usagef("the server does not name its tenant").withFix("add --tenant ID")
 		}
-		tg.Tenant = m.Authentication.Tenant
 	}
 	return tg, nil
 }
