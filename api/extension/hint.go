@@ -48,5 +48,8 @@ func ParseDelivery(line []byte) (Delivery, error) {
 // that are something else, which an extension ignores.
 func ParseHint(line string) (value string, ok bool) {
 	value, ok = strings.CutPrefix(strings.TrimRight(line, "\r\n"), "hint ")
-	return value, ok && value != ""
+	if !ok || value == "" {
+		return "", false
+	}
+	return value, true
 }
