@@ -1,0 +1,68 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"net"
+	"net/http"
+	"time"
+
+	"keyfleet.dev/keyfleet/internal/azureapi"
+)
+
+// ownHandler answers what is no protocol of Azure's: health and metrics.
+// Metrics hold names of vaults and certificates, so they are for this machine
+// only; a collector elsewhere goes through a proxy here.
+func (s *Server) ownHandler() http.Handler {
+	mux := http.NewServeMux()
+	metrics := s.metrics.handler()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
+		if !fromHere(r) {
+			http.Error(w, "metrics are answered to callers on the server's own machine only", http.StatusForbidden)
+			return
+		}
+		metrics.ServeHTTP(w, r)
+	})
+	mux.HandleFunc("GET /healthz", s.health)
+	return mux
+}
+
+func fromHere(r *http.Request) bool {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	ip := net.ParseIP(host)
+	return err != nil || ip == nil || ip.IsLoopback() // no address: a Unix socket
+}
+
+// health reads through the store: 200 when it answers, 503 with the reason otherwise.
+func (s *Server) health(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), 3*time.Second)
+	defer cancel()
+	out := map[string]any{"status": "ok"}
+	w.Header().Set("Content-Type", "application/json")
+	if err := s.backend.Health(ctx); err != nil {
+		s.log.Error("not healthy", "error", err)
+		out["status"], out["reason"] = "unavailable", "the store does not answer; the server's log says why"
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}
+	_ = json.NewEncoder(w).Encode(out)
+}
+
+// whoami is the answer of /keyfleet/v1/whoami.
+type whoami struct {
+	Kind     string `json:"kind"`
+	Tenant   string `json:"tenantId"`
+	ObjectID string `json:"objectId"`
+	ClientID string `json:"clientId"`
+	Name     string `json:"name"`
+}
+
+// ownRoutes are rows of the route table that belong to no capability.
+func (s *Server) ownRoutes() []azureapi.Route {
+	return []azureapi.Route{{
+		Surface: azureapi.ARM, Method: http.MethodGet, Path: "/keyfleet/v1/whoami", Action: azureapi.Authenticated,
+		Handle: func(r *azureapi.Request) (*azureapi.Reply, error) {
+			c := r.Caller
+			return azureapi.OK(whoami{string(c.Kind), c.Tenant, c.ObjectID, c.ClientID, c.Name}), nil
+		},
+	}}
+}
