@@ -16,7 +16,7 @@ const (
 	VersionIdentities    = "2023-01-31"
 	VersionVaults        = "2023-02-01"
 	VersionVaultData     = "7.4"
-	VersionBatch         = "2021-01-01"
+	VersionBatch         = "2023-05-01"
 	VersionBatchData     = "2021-06-01.14.0"
 )
 

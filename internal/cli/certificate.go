@@ -20,17 +20,18 @@ import (
 	"keyfleet.dev/keyfleet/client"
 )
 
-// certificateView shows certificates; policies, where given, is their policies
-// by name, for the column that says when they renew.
+// certificateView shows certificates. What the server says of their renewal
+// stands in the member "renewal", which addRenewals puts there for tables.
 func (t *tool) certificateView() view[object] {
 	return view[object]{
 		name: func(o object) string { return nameOf(o, "id") },
 		columns: append([]column[object]{
 			derived("Name", func(o object) string { return nameOf(o, "id") }),
-			derived("Version", func(o object) string { return versionOf(o, "id") }),
+			derived("Version", func(o object) string { return orElse(versionOf(o, "id"), o.str("renewal.version")) }),
 			t.timeAt("Expires", "attributes.exp"),
 			derived("Renews", t.renews),
 			field("Enabled", "attributes.enabled"),
+			derived("Problem", renewalProblem),
 		}, only(
 			field("Subject", "policy.x509_props.subject"),
 			derived("Names", func(o object) string { return strings.Join(o.strs("policy.x509_props.sans.dns_names"), ", ") }),
@@ -58,8 +59,8 @@ func keyWords(o object) string {
 	return s
 }
 
-// autoRenew returns the trigger of the AutoRenew action.
-func autoRenew(o object) (trigger object, ok bool) {
+// autoRenew returns the AutoRenew action of a policy.
+func autoRenew(o object) (action object, ok bool) {
 	for _, a := range o.objects("policy.lifetime_actions") {
 		if strings.EqualFold(a.str("action.action_type"), "AutoRenew") {
 			return a, true
@@ -81,27 +82,27 @@ func renewalWords(o object) string {
 	return fmt.Sprintf("at %d %% of its life", a.num("trigger.lifetime_percentage"))
 }
 
-// renewAt is when a certificate's lifetime action is due; zero where nothing renews it.
-func renewAt(o object) time.Time {
-	a, ok := autoRenew(o)
-	nbf, exp := o.time("attributes.nbf"), o.time("attributes.exp")
-	if !ok || nbf.IsZero() || exp.IsZero() {
-		return time.Time{}
+// renews says when a certificate renews; empty where it is not known.
+func (t *tool) renews(o object) string {
+	switch {
+	case o.at("renewal") == nil:
+		return ""
+	case o.at("renewal.nextRenewal") == nil:
+		return "never"
 	}
-	if d := a.num("trigger.days_before_expiry"); d > 0 {
-		return exp.AddDate(0, 0, -int(d))
-	}
-	return nbf.Add(time.Duration(float64(exp.Sub(nbf)) * float64(a.num("trigger.lifetime_percentage")) / 100))
+	return t.when(o.time("renewal.nextRenewal"))
 }
 
-func (t *tool) renews(o object) string {
-	if o.at("policy") == nil {
+// renewalProblem says why a certificate does not renew; empty if it does.
+func renewalProblem(o object) string {
+	if o.str("renewal.failing") != "true" && o.str("renewal.stalled") != "true" {
 		return ""
 	}
-	if at := renewAt(o); !at.IsZero() {
-		return t.when(at)
+	s := o.str("renewal.reason") + ": " + o.str("renewal.message")
+	if at := o.str("renewal.nextAttempt"); at != "" {
+		return s + " Next attempt " + at + "."
 	}
-	return "never"
+	return s
 }
 
 func (t *tool) certificateCommand() *cobra.Command {
@@ -131,6 +132,9 @@ keyfleet certificate show prod1 web --query sid -o tsv`, cobra.RangeArgs(1, 2),
 			if err != nil {
 				return err
 			}
+			if err := t.addRenewals(ctx, v.vault, []object{o}); err != nil {
+				return err
+			}
 			return one(t, o, t.certificateView())
 		})
 	c.Flags().StringVar(&version, "version", "", "version (default: the newest)")
@@ -148,10 +152,8 @@ func (t *tool) certificateList() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if t.form() == "table" || t.form() == "tsv" { // the list itself does not say when they renew
-				if err := t.addPolicies(ctx, args[0], all); err != nil {
-					return err
-				}
+			if err := t.addRenewals(ctx, args[0], all); err != nil {
+				return err
 			}
 			return many(t, all, t.certificateView())
 		})
@@ -159,25 +161,34 @@ func (t *tool) certificateList() *cobra.Command {
 	return c
 }
 
-// addPolicies replaces list items by the certificates themselves, eight at a time.
-func (t *tool) addPolicies(ctx context.Context, vault string, items []object) error {
+// addRenewals asks for tables, eight at a time, how the renewal of each
+// certificate stands: the vault's own answers do not say.
+func (t *tool) addRenewals(ctx context.Context, vault string, items []object) error {
+	if f := t.form(); f != "table" && f != "tsv" {
+		return nil
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
-	for i := range items {
+	for _, item := range items {
 		g.Go(func() error {
-			v := vaultObject{base: t.client.Vault(vault, ""), vault: vault, name: nameOf(items[i], "id")}
-			o, err := t.call(ctx, request(http.MethodGet, v.url("certificates"), client.VersionVaultData, nil))
+			r, err := t.renewal(ctx, vault, nameOf(item, "id"))
 			var e *client.Error
 			if errors.As(err, &e) && (e.Status == http.StatusNotFound || e.Status == http.StatusForbidden) {
-				return nil // being created, or may be listed and not read: the item alone is shown
+				return nil // deleted meanwhile, or may be listed and not read
 			}
 			if err == nil {
-				items[i] = o
+				item.doc["renewal"] = r.doc
 			}
 			return err
 		})
 	}
 	return g.Wait()
+}
+
+// renewal says how a certificate's renewal stands.
+func (t *tool) renewal(ctx context.Context, vault, name string) (object, error) {
+	u := t.client.ARM("/keyfleet/v1/vaults/" + url.PathEscape(vault) + "/certificates/" + url.PathEscape(name))
+	return t.call(ctx, request(http.MethodGet, u, "", nil))
 }
 
 // policyFlags are the parts of a certificate policy that have a flag.
@@ -522,11 +533,6 @@ func (t *tool) readBody(name string) ([]byte, error) {
 		return nil, fmt.Errorf("reading the body: %w", err)
 	}
 	return b, nil
-}
-
-// renewalsOf says of every certificate of a vault how its renewal stands.
-func (t *tool) renewalsOf(ctx context.Context, vault string) ([]object, error) {
-	return t.list(ctx, t.client.ARM("/keyfleet/v1/vaults/"+url.PathEscape(vault)+"/certificates"), "")
 }
 
 func (t *tool) certificateRenew() *cobra.Command {

@@ -225,25 +225,43 @@ func (d *doctor) renewals(ctx context.Context) {
 	}
 	good := 0
 	for _, v := range all {
-		rs, err := d.t.renewalsOf(ctx, v.name())
+		certs, err := d.t.list(ctx, d.t.client.Vault(v.name(), "/certificates"), client.VersionVaultData)
+		var e *client.Error
+		if errors.As(err, &e) && e.Status == http.StatusForbidden {
+			d.add("vault.renewal", checkSkipped, "keyfleet vault set-policy "+v.name()+" --self --certificate-permissions get,list", "you may not look into vault %s", v.name())
+			continue
+		}
 		if err != nil {
 			d.fail("vault.renewal", err)
 			continue
 		}
-		for _, r := range rs {
-			name := r.str("vault") + "/" + r.str("name")
-			end := r.time("notAfter")
-			switch {
-			case r.str("failing") == "true" || r.str("stalled") == "true":
-				d.add("vault.renewal", checkFailed, "keyfleet certificate show "+v.name()+" "+r.str("name"), "certificate %s does not renew: %s: %s", name, r.str("reason"), r.str("message"))
-			case r.time("nextRenewal").IsZero() && !end.IsZero() && time.Until(end) < 30*24*time.Hour:
-				d.add("vault.renewal", checkAttention, "keyfleet certificate renew "+v.name()+" "+r.str("name"), "certificate %s ends %s and does not renew by itself", name, d.t.when(end))
-			default:
-				good++
-			}
+		for _, c := range certs {
+			good += d.renewal(ctx, v.name(), nameOf(c, "id"))
 		}
 	}
 	d.add("vault.renewal", checkOK, "", "%s in %s as they should be", plural(good, "certificate"), plural(len(all), "vault"))
+}
+
+// soon is when the end of a certificate that nothing renews needs attention.
+const soon = 30 * 24 * time.Hour
+
+// renewal checks one certificate; it returns 1 for one that is as it should be.
+func (d *doctor) renewal(ctx context.Context, vault, name string) int {
+	r, err := d.t.renewal(ctx, vault, name)
+	if err != nil {
+		d.fail("vault.renewal", err)
+		return 0
+	}
+	end := r.time("notAfter")
+	switch {
+	case r.str("failing") == "true" || r.str("stalled") == "true":
+		d.add("vault.renewal", checkFailed, "keyfleet certificate show "+vault+" "+name, "certificate %s/%s does not renew: %s: %s", vault, name, r.str("reason"), r.str("message"))
+	case r.at("nextRenewal") == nil && !end.IsZero() && end.Sub(d.t.now()) < soon:
+		d.add("vault.renewal", checkAttention, "keyfleet certificate renew "+vault+" "+name, "certificate %s/%s ends %s and does not renew by itself", vault, name, d.t.when(end))
+	default:
+		return 1
+	}
+	return 0
 }
 
 // pools checks pools and nodes.

@@ -18,7 +18,7 @@ func (t *tool) nodeView() view[object] {
 		name: func(o object) string { return o.str("id") },
 		columns: append([]column[object]{
 			field("Id", "id"), field("State", "state"),
-			t.timeAt("Since", "stateTransitionTime"), t.timeAt("Booted", "lastBootTime"), field("Address", "ipAddress"),
+			t.timeAt("Since", "stateTransitionTime"), t.timeAt("Booted", "lastBootTime"),
 			derived("Problem", func(o object) string {
 				for _, e := range o.objects("errors") {
 					return e.str("code") + ": " + e.str("message")

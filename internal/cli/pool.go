@@ -71,6 +71,11 @@ func (f *bodyFlags) add(c *cobra.Command) {
 	_ = c.MarkFlagRequired("file")
 }
 
+// apiVersionFlag lets a body be read by the rules of its own date.
+func apiVersionFlag(c *cobra.Command, version *string) {
+	c.Flags().StringVar(version, "api-version", client.VersionBatch, "api-version that the body is written for")
+}
+
 var placeholder = regexp.MustCompile(`\{\{([A-Za-z][A-Za-z0-9_.-]*)\}\}`)
 
 // body reads the file and fills its placeholders. A body without placeholders
@@ -130,7 +135,7 @@ func poolName(args []string, body []byte) (string, error) {
 func (t *tool) poolCreate() *cobra.Command {
 	var f bodyFlags
 	var strict, ifNone bool
-	var ifMatch string
+	var ifMatch, version string
 	c := t.verb("create [NAME]", "Create a pool from its resource body, or change it to be as the body says", `
 keyfleet pool create sim --file pool.json
 keyfleet pool create sim --file pool.json --strict
@@ -161,7 +166,7 @@ secret that does not exist yet, a missing permission) is accepted with a warning
 		if err != nil {
 			return err
 		}
-		req := request(http.MethodPut, t.client.ARM(id), client.VersionBatch, body)
+		req := request(http.MethodPut, t.client.ARM(id), version, body)
 		req.Header = http.Header{}
 		if ifMatch != "" {
 			req.Header.Set("If-Match", ifMatch)
@@ -182,6 +187,7 @@ secret that does not exist yet, a missing permission) is accepted with a warning
 		return t.awaitPool(ctx, id, "idle")
 	}
 	f.add(c)
+	apiVersionFlag(c, &version)
 	c.Flags().BoolVar(&strict, "strict", false, "refuse what would be accepted with a warning")
 	c.Flags().BoolVar(&ifNone, "if-none-match", false, "only if there is no such pool yet")
 	c.Flags().StringVar(&ifMatch, "if-match", "", "only if the pool still has this etag")
@@ -278,7 +284,7 @@ keyfleet pool resize sim --stop`, cobra.RangeArgs(1, 2), nil)
 
 func (t *tool) poolUpdate() *cobra.Command {
 	var f bodyFlags
-	var ifMatch string
+	var ifMatch, version string
 	c := t.verb("update NAME", "Change what a body with some properties names (PATCH)", "keyfleet pool update sim --file patch.json", cobra.ExactArgs(1), nil)
 	account := accountFlag(c)
 	c.RunE = func(cmd *cobra.Command, args []string) error {
@@ -291,7 +297,7 @@ func (t *tool) poolUpdate() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		req := request(http.MethodPatch, t.client.ARM(id), client.VersionBatch, body)
+		req := request(http.MethodPatch, t.client.ARM(id), version, body)
 		if ifMatch != "" {
 			req.Header = http.Header{"If-Match": {ifMatch}}
 		}
@@ -302,6 +308,7 @@ func (t *tool) poolUpdate() *cobra.Command {
 		return changed(t, o, t.poolView(), "Pool %s is updated.", args[0])
 	}
 	f.add(c)
+	apiVersionFlag(c, &version)
 	c.Flags().StringVar(&ifMatch, "if-match", "", "only if the pool still has this etag")
 	c.ValidArgsFunction = t.completePools
 	return c
@@ -444,7 +451,7 @@ func (t *tool) poolOutcome(name string, o object, nodes []object, until string) 
 			}
 		}
 	}
-	e.fix = "keyfleet pool what-if " + name
+	e.fix = "keyfleet pool show " + name
 	if bad != "" {
 		e.fix = fmt.Sprintf("keyfleet node explain %s %s", name, bad)
 	}
@@ -454,6 +461,7 @@ func (t *tool) poolOutcome(name string, o object, nodes []object, until string) 
 func (t *tool) poolWhatIf() *cobra.Command {
 	var f bodyFlags
 	var exitCode bool
+	var version string
 	c := t.verb("what-if [NAME]", "Say what creating or changing a pool would change, refuse and warn of, and change nothing", "keyfleet pool what-if sim --file pool.json", cobra.MaximumNArgs(1), nil)
 	account := accountFlag(c)
 	c.RunE = func(cmd *cobra.Command, args []string) error {
@@ -473,7 +481,7 @@ func (t *tool) poolWhatIf() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		o, err := t.call(ctx, request(http.MethodPost, t.client.ARM("/keyfleet/v1"+id+"/whatif"), client.VersionBatch, body))
+		o, err := t.call(ctx, request(http.MethodPost, t.client.ARM("/keyfleet/v1"+id+"/whatif"), version, body))
 		if err != nil {
 			return err
 		}
@@ -488,17 +496,19 @@ func (t *tool) poolWhatIf() *cobra.Command {
 		return err
 	}
 	f.add(c)
+	apiVersionFlag(c, &version)
 	c.Flags().BoolVar(&exitCode, "exit-code", false, "end with 10 when there are changes, problems or warnings")
 	return c
 }
 
 // whatIf prints a what-if for people.
 func (t *tool) whatIf(name string, o object) {
-	changes, problems, warnings := o.objects("changes"), o.objects("problems"), o.objects("warnings")
+	changes := o.objects("changes")
+	isNew := o.str("created") == "true"
 	switch {
-	case len(problems) > 0:
+	case o.str("accepted") != "true":
 		fmt.Fprintf(t.out, "Pool %s would be refused.\n", name)
-	case o.str("created") == "true":
+	case isNew:
 		fmt.Fprintf(t.out, "Pool %s would be created.\n", name)
 	case len(changes) == 0:
 		fmt.Fprintf(t.out, "Pool %s would not change.\n", name)
@@ -506,16 +516,18 @@ func (t *tool) whatIf(name string, o object) {
 		fmt.Fprintf(t.out, "Pool %s would change.\n", name)
 	}
 	for _, c := range changes {
-		if o.str("created") != "true" {
-			fmt.Fprintf(t.out, "  change   %s\n", clean(lines(strings.TrimSpace(c.str("path")+"  "+c.str("message")))))
+		if isNew {
+			break // all of it is new
 		}
+		word := "change"
+		if c.str("allowed") != "true" {
+			word = "cannot change"
+		}
+		fmt.Fprintf(t.out, "  %s  %s: %s -> %s\n", word, clean(c.str("path")), clean(scalar(c.at("old"))), clean(scalar(c.at("new"))))
 	}
-	for _, list := range []struct {
-		word string
-		os   []object
-	}{{"problem", problems}, {"warning", warnings}} {
-		for _, p := range list.os {
-			fmt.Fprintf(t.out, "  %s  %s: %s\n", list.word, clean(p.str("path")), clean(orElse(p.str("message"), p.str("reason"))))
+	for _, kind := range []string{"problem", "warning"} {
+		for _, p := range o.objects(kind + "s") {
+			fmt.Fprintf(t.out, "  %s  %s\n", kind, clean(strings.TrimPrefix(p.str("path")+": "+p.str("reason"), ": ")))
 			if fix := p.str("fix"); fix != "" {
 				fmt.Fprintf(t.out, "           Fix: %s\n", clean(fix))
 			}

@@ -36,7 +36,7 @@ func (t *tool) secretView() view[object] {
 
 func (t *tool) secretCommand() *cobra.Command {
 	return t.noun("secret", "Secrets of a vault",
-		t.secretSet(), t.secretShow(),
+		t.secretSet(), t.secretShow(), t.secretAttributes(),
 		t.objectList("secrets", "List the secrets of a vault, without their values", t.secretView),
 		t.objectVersions("secrets", "List the versions of a secret", t.secretView),
 		t.objectDelete("secrets", "secret"), t.objectDeleted("secrets"), t.objectRecover("secrets", "secret"), t.objectPurge("secrets", "secret"),
@@ -193,4 +193,61 @@ func (t *tool) saveSecret(o object, path string) error {
 		b = raw
 	}
 	return t.newFile(path, b)
+}
+
+func (t *tool) secretAttributes() *cobra.Command {
+	var enabled, contentType, expires, notBefore string
+	var tagFlags []string
+	c := t.verb("set-attributes VAULT NAME", "Change what is said about a secret, not its value", `
+keyfleet secret set-attributes prod1 db-password --enabled false
+keyfleet secret set-attributes prod1 db-password --expires 2027-01-31`, cobra.RangeArgs(1, 2),
+		func(ctx context.Context, args []string) error {
+			v, err := t.objectArgs(ctx, args)
+			if err != nil {
+				return err
+			}
+			attrs, body := map[string]any{}, map[string]any{}
+			switch enabled {
+			case "":
+			case "true", "false":
+				attrs["enabled"] = enabled == "true"
+			default:
+				return usagef("--enabled %s is neither true nor false", enabled)
+			}
+			for name, flag := range map[string][2]string{"exp": {"expires", expires}, "nbf": {"not-before", notBefore}} {
+				sec, err := seconds(flag[0], flag[1])
+				if err != nil {
+					return err
+				}
+				if sec != nil {
+					attrs[name] = *sec
+				}
+			}
+			if len(attrs) > 0 {
+				body["attributes"] = attrs
+			}
+			if contentType != "" {
+				body["contentType"] = contentType
+			}
+			if tags, err := tagsOf(tagFlags); err != nil {
+				return err
+			} else if tags != nil {
+				body["tags"] = tags
+			}
+			if len(body) == 0 {
+				return usagef("nothing to change").withFix("add --enabled, --expires, --not-before, --content-type or --tag")
+			}
+			o, err := t.call(ctx, request(http.MethodPatch, v.url("secrets"), client.VersionVaultData, body))
+			if err != nil {
+				return err
+			}
+			return changed(t, o.without("value"), t.secretView(), "Secret %s is changed.", v)
+		})
+	f := c.Flags()
+	f.StringVar(&enabled, "enabled", "", "true or false")
+	f.StringVar(&contentType, "content-type", "", "content type")
+	f.StringVar(&expires, "expires", "", "time from which it should no longer be used, RFC 3339 or YYYY-MM-DD")
+	f.StringVar(&notBefore, "not-before", "", "time from which it may be used")
+	f.StringArrayVar(&tagFlags, "tag", nil, "NAME=VALUE; may be repeated; replaces all tags")
+	return c
 }
