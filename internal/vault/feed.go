@@ -211,7 +211,8 @@ func firstOf(list []string) string {
 type Renewal struct {
 	Vault       string
 	Name        string
-	Version     string // newest; empty: none yet
+	Version     string    // newest; empty: none yet
+	Issued      time.Time // when that version was stored, in real time; of [Vaults.Renewal] only
 	NotBefore   time.Time
 	NotAfter    time.Time
 	Next        time.Time // when the next version is due; zero: never by itself
@@ -246,11 +247,16 @@ func (v *Vaults) Renewal(ctx context.Context, vault, name string) (Renewal, erro
 	if err != nil {
 		return Renewal{}, err
 	}
-	obj, _, err := findCertificate(v.store.View(ctx), vt.ID, name, "")
+	tx := v.store.View(ctx)
+	obj, newest, err := findCertificate(tx, vt.ID, name, "")
 	if err != nil {
 		return Renewal{}, err
 	}
-	return renewalOf(obj), nil
+	r := renewalOf(obj)
+	if newest != nil {
+		r.Issued = newest.Created
+	}
+	return r, nil
 }
 
 func renewalOf(o *certificateObject) Renewal {

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"time"
 
-	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/pki"
 	"keyfleet.dev/keyfleet/internal/reconcile"
@@ -16,7 +15,7 @@ import (
 // Names of the controllers; the first is also the finalizer of vaults.
 const (
 	vaultController       = "vaults"
-	secretController      = "secrets"
+	secretController      = "deletedsecrets"
 	certificateController = "certificates"
 )
 
@@ -30,7 +29,7 @@ func (v *Vaults) Controllers(m *reconcile.Metrics) []reconcile.Runnable {
 			Name: certificateController, Objects: certificates, Reconciler: certificateReconciler{v}, Deadline: issueTime,
 			Also: []reconcile.Trigger{v.clockMoved, v.vaultRecovered}, Metrics: m, Log: v.cfg.Log,
 		},
-		reconcile.Controller[head, none]{Name: secretController, Objects: secrets, Reconciler: secretReconciler{v}, Metrics: m, Log: v.cfg.Log},
+		reconcile.Controller[deletedSecret, none]{Name: secretController, Objects: deletedSecrets, Reconciler: secretReconciler{v}, Metrics: m, Log: v.cfg.Log},
 		reconcile.Controller[Vault, vaultStatus]{Name: vaultController, Objects: vaults, Reconciler: vaultReconciler{v}, Metrics: m, Log: v.cfg.Log},
 	}
 }
@@ -180,142 +179,6 @@ func eachCertificate(ctx context.Context, s *store.Store, prefix string, fn func
 		fn(o.ID)
 	}
 	return nil
-}
-
-// expireCertificate purges a certificate whose retention is over, or goes on with a purge.
-func (v *Vaults) expireCertificate(ctx context.Context, s *store.Store, obj *certificateObject) error {
-	if !obj.Spec.Purging {
-		op := access.Op{Action: "certificates/purge", Resource: resourceOf(obj.ID), Policies: []access.Policy{}, Detail: "retention ended"}
-		err := v.gate.Change(ctx, s, op, func(tx *store.Tx) error {
-			fresh, err := certificates.Lookup(tx, obj.ID)
-			if err != nil {
-				return err
-			}
-			if fresh == nil || fresh.Spec.Deleted == nil {
-				return errSuperseded
-			}
-			fresh.Spec.Purging = true
-			if err := certificates.Put(tx, fresh); err != nil {
-				return err
-			}
-			return markSecret(tx, fresh)
-		})
-		if err != nil {
-			return ignore(err, errSuperseded)
-		}
-	}
-	return finishCertificate(ctx, s, obj.ID)
-}
-
-// finishCertificate removes a certificate that is being purged, and its secret.
-func finishCertificate(ctx context.Context, s *store.Store, id string) error {
-	if err := removeAll(ctx, s, secretVersions, id+"/"); err != nil {
-		return err
-	}
-	if err := removeAll(ctx, s, certificateVersions, id+"/"); err != nil {
-		return err
-	}
-	return s.Update(ctx, func(tx *store.Tx) error {
-		obj, err := certificates.Lookup(tx, id)
-		if err != nil || obj == nil || !obj.Spec.Purging {
-			return err
-		}
-		if err := secrets.Delete(tx, id); err != nil {
-			return err
-		}
-		return certificates.Delete(tx, id)
-	})
-}
-
-// secretReconciler purges deleted secrets. A certificate's secret goes with the certificate.
-type secretReconciler struct{ v *Vaults }
-
-// Reconcile implements reconcile.Reconciler.
-func (r secretReconciler) Reconcile(ctx context.Context, s *store.Store, obj *secretHead) (reconcile.Result, error) {
-	if obj.Spec.Deleted == nil || obj.Spec.Managed {
-		return reconcile.Result{}, nil
-	}
-	if wait := obj.Spec.Deleted.PurgeAt.Sub(r.v.cfg.Now()); wait > 0 && !obj.Spec.Purging {
-		return reconcile.Result{After: wait}, nil
-	}
-	if !obj.Spec.Purging {
-		vault, name := splitID(obj.ID)
-		op := access.Op{Action: "secrets/purge", Resource: vault + "/secrets/" + name, Policies: []access.Policy{}, Detail: "retention ended"}
-		err := r.v.gate.Change(ctx, s, op, func(tx *store.Tx) error {
-			fresh, err := secrets.Lookup(tx, obj.ID)
-			if err != nil {
-				return err
-			}
-			if fresh == nil || fresh.Spec.Deleted == nil {
-				return errSuperseded
-			}
-			fresh.Spec.Purging = true
-			return secrets.Put(tx, fresh)
-		})
-		if err != nil {
-			return reconcile.Result{}, ignore(err, errSuperseded)
-		}
-	}
-	return reconcile.Result{}, finishSecret(ctx, s, obj.ID)
-}
-
-// finishSecret removes a secret that is being purged.
-func finishSecret(ctx context.Context, s *store.Store, id string) error {
-	if err := removeAll(ctx, s, secretVersions, id+"/"); err != nil {
-		return err
-	}
-	return s.Update(ctx, func(tx *store.Tx) error {
-		h, err := secrets.Lookup(tx, id)
-		if err != nil || h == nil || !h.Spec.Purging {
-			return err
-		}
-		return secrets.Delete(tx, id)
-	})
-}
-
-// vaultReconciler purges deleted vaults.
-type vaultReconciler struct{ v *Vaults }
-
-// Reconcile implements reconcile.Reconciler.
-func (r vaultReconciler) Reconcile(ctx context.Context, s *store.Store, obj *vaultObject) (reconcile.Result, error) {
-	if obj.Spec.Deleted == nil {
-		return reconcile.Result{}, nil
-	}
-	if wait := obj.Spec.Deleted.PurgeAt.Sub(r.v.cfg.Now()); wait > 0 {
-		return reconcile.Result{After: wait}, nil
-	}
-	op := access.Op{Action: actionPurgeDeleted, Resource: obj.Spec.ResourceID, Detail: "retention ended"}
-	err := r.v.gate.Change(ctx, s, op, func(tx *store.Tx) error {
-		fresh, err := vaults.Lookup(tx, obj.ID)
-		if err != nil {
-			return err
-		}
-		if fresh == nil || fresh.Spec.Deleted == nil {
-			return errSuperseded
-		}
-		return vaults.Delete(tx, obj.ID)
-	})
-	return reconcile.Result{}, ignore(err, errSuperseded)
-}
-
-// Finalize implements reconcile.Finalizer: it empties the vault. Until it is
-// done the name stays taken, so nobody finds another's secrets under it.
-func (r vaultReconciler) Finalize(ctx context.Context, s *store.Store, obj *vaultObject) (bool, reconcile.Result, error) {
-	prefix := obj.ID + "/"
-	for _, remove := range []func() error{
-		func() error { return removeAll(ctx, s, certificates, prefix) },
-		func() error { return removeAll(ctx, s, certificateVersions, prefix) },
-		func() error { return removeAll(ctx, s, secrets, prefix) },
-		func() error { return removeAll(ctx, s, secretVersions, prefix) },
-		func() error {
-			return s.Update(ctx, func(tx *store.Tx) error { return contacts.Delete(tx, obj.ID) })
-		},
-	} {
-		if err := remove(); err != nil {
-			return false, reconcile.Result{}, err
-		}
-	}
-	return true, reconcile.Result{}, nil
 }
 
 // splitID takes an id VAULT/NAME apart.

@@ -342,6 +342,9 @@ func (v *Vaults) DeleteSecret(ctx context.Context, vault, name string) (SecretVe
 		h.Spec.Deleted = vt.Spec.deletion(v.now())
 		out = secretOf(vt, h, h.Spec.Current, &obj.Spec)
 		out.Value = Secret{}
+		if err := scheduleSecret(tx, h.ID, h.Spec.Deleted.PurgeAt); err != nil {
+			return err
+		}
 		return secrets.Put(tx, h)
 	})
 	return out, err
@@ -406,6 +409,9 @@ func (v *Vaults) RecoverSecret(ctx context.Context, vault, name string) (SecretV
 			return managed("recover", h.Spec.Name)
 		}
 		h.Spec.Deleted, out.Deleted = nil, nil
+		if err := deletedSecrets.Delete(tx, h.ID); err != nil {
+			return err
+		}
 		return secrets.Put(tx, h)
 	})
 	return out, err
@@ -425,6 +431,9 @@ func (v *Vaults) PurgeSecret(ctx context.Context, vault, name string) error {
 			return purgeForbidden(vt.Spec.Name)
 		}
 		h.Spec.Purging, id = true, h.ID
+		if err := scheduleSecret(tx, id, v.now()); err != nil { // if this server dies, the controller goes on
+			return err
+		}
 		return secrets.Put(tx, h)
 	})
 	if err != nil {

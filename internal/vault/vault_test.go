@@ -245,18 +245,18 @@ func TestCertificateAndItsSecretAppearTogether(t *testing.T) {
 	})
 }
 
-// TestRenewalOverMonths lets four months pass: each version is followed by the
+// TestRenewalOverMonths lets two months pass: each version is followed by the
 // next at 80 % of its life, with its tags, and by no other.
 func TestRenewalOverMonths(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEnv(t)
 		defer e.run()()
 		e.create("web", testPolicy(), map[string]string{"team": "a"})
-		time.Sleep(120 * 24 * time.Hour)
+		time.Sleep(60 * 24 * time.Hour)
 		synctest.Wait()
 		list := e.versions("web")
-		if len(list) < 4 || len(list) > 6 {
-			t.Fatalf("there are %d versions after four months of one-month certificates", len(list))
+		if len(list) != 3 {
+			t.Fatalf("there are %d versions after 60 days of certificates that are renewed after 25; want 3", len(list))
 		}
 		seen := map[string]bool{}
 		for i, c := range list {
