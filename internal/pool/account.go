@@ -63,15 +63,14 @@ func (s AccountSpec) Name() string { return s.ID[strings.LastIndexByte(s.ID, '/'
 
 func accountNotFound(id arm.ID) error {
 	return fault.New(fault.NotFound, "ResourceNotFound", "The Resource 'Microsoft.Batch/batchAccounts/%s' under resource group '%s' was not found.", id.Names[0], id.ResourceGroup).
-		WithFix("create it: keyfleet pool account create -g %s %s", id.ResourceGroup, id.Names[0])
+		WithFix("create it: keyfleet account create %[2]s --group %[1]s", id.ResourceGroup, id.Names[0])
 }
 
 // PutAccount creates an account, or changes the tags of one that is there. Its
 // location cannot change, for it is part of its host name.
-func (f *Fleet) PutAccount(ctx context.Context, id arm.ID, location string, tags map[string]string) (*Account, error) {
-	var out *Account
+func (f *Fleet) PutAccount(ctx context.Context, id arm.ID, location string, tags map[string]string) (a *Account, created bool, err error) {
 	op := access.Op{Action: "Microsoft.Batch/batchAccounts/write", Resource: id.String()}
-	err := f.cfg.Gate.Change(ctx, f.cfg.Store, op, func(tx *store.Tx) (err error) {
+	err = f.cfg.Gate.Change(ctx, f.cfg.Store, op, func(tx *store.Tx) (err error) {
 		if err := accountID(id); err != nil {
 			return err
 		}
@@ -80,45 +79,45 @@ func (f *Fleet) PutAccount(ctx context.Context, id arm.ID, location string, tags
 				return err
 			}
 		}
-		out, err = f.putAccount(tx, id, AccountSpec{ID: id.String(), Location: location, Tags: tags})
+		a, created, err = f.putAccount(tx, id, AccountSpec{ID: id.String(), Location: location, Tags: tags})
 		return err
 	})
-	return out, err
+	return a, created, err
 }
 
-func (f *Fleet) putAccount(tx *store.Tx, id arm.ID, s AccountSpec) (*Account, error) {
+func (f *Fleet) putAccount(tx *store.Tx, id arm.ID, s AccountSpec) (_ *Account, created bool, _ error) {
 	if !regionName.MatchString(s.Region()) {
-		return nil, fault.New(fault.Invalid, "LocationRequired", "The location %q is not a name of letters and digits.", s.Location).At("location").
+		return nil, false, fault.New(fault.Invalid, "LocationRequired", "The location %q is not a name of letters and digits.", s.Location).At("location").
 			WithFix("name a location; it becomes part of the account's host name")
 	}
 	a, err := Accounts.Lookup(tx, id.StoreKey())
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if a != nil {
 		switch {
 		case !a.Deleting.IsZero():
-			return nil, fault.New(fault.Conflict, "AccountBeingDeleted", "The account %q is being deleted.", id.Name())
+			return nil, false, fault.New(fault.Conflict, "AccountBeingDeleted", "The account %q is being deleted.", id.Name())
 		case a.Spec.Region() != s.Region():
-			return nil, fault.New(fault.Conflict, "InvalidResourceLocation", "The account %q exists in location %q and cannot move to %q.", id.Name(), a.Spec.Location, s.Location).At("location")
+			return nil, false, fault.New(fault.Conflict, "InvalidResourceLocation", "The account %q exists in location %q and cannot move to %q.", id.Name(), a.Spec.Location, s.Location).At("location")
 		}
 		a.Spec.Tags = s.Tags
-		return a, Accounts.Put(tx, a)
+		return a, false, Accounts.Put(tx, a)
 	}
 	h := &store.Object[accountHost, struct{}]{Spec: accountHost{Account: id.StoreKey()}}
 	h.ID = s.Region() + "/" + strings.ToLower(id.Name())
 	if taken, err := accountHosts.Lookup(tx, h.ID); err != nil {
-		return nil, err
+		return nil, false, err
 	} else if taken != nil {
-		return nil, fault.New(fault.Conflict, "AccountAlreadyTaken", "An account named %q exists already in location %q.", id.Name(), s.Location).At("name").
+		return nil, false, fault.New(fault.Conflict, "AccountAlreadyTaken", "An account named %q exists already in location %q.", id.Name(), s.Location).At("name").
 			WithFix("choose another name or location")
 	}
 	if err := accountHosts.Insert(tx, h); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	a = &Account{Spec: s}
 	a.ID = id.StoreKey()
-	return a, Accounts.Insert(tx, a)
+	return a, true, Accounts.Insert(tx, a)
 }
 
 // PatchAccount changes the tags of an account.

@@ -122,7 +122,7 @@ func providerLink(e Evidence) Link {
 	case e.Provider == "":
 		l.State = "broken"
 		l.Message = fmt.Sprintf("No provider of this server offers %s nodes.", e.Node.Spec.OS)
-		l.Fix = "use an image of an operating system that a provider offers, or register hosts: keyfleet node token --pool POOL"
+		l.Fix = "use an image of an operating system that a provider offers, or register hosts: keyfleet node join-token --pool POOL"
 	case s.StartError != nil:
 		l.State = "broken"
 		l.Message = fmt.Sprintf("Provider %s could not start the node (%d attempts): %s: %s", e.Provider, s.Attempts, s.StartError.Code, s.StartError.Message)

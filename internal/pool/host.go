@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"keyfleet.dev/keyfleet/api/arm"
 	"keyfleet.dev/keyfleet/api/node"
 	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/fault"
@@ -115,11 +116,20 @@ func (f *Fleet) hostReport(ctx context.Context, id string, r node.StatusReport, 
 	return err
 }
 
-// TakeHost makes a free host of the pool the node: fault.Unavailable if there
+// storeKey is the store id of a pool that is named by it or by its resource id.
+func storeKey(pool string) string {
+	if id, err := arm.ParseID(pool); err == nil {
+		return id.StoreKey()
+	}
+	return strings.ToLower(pool)
+}
+
+// TakeHost makes a free host of the pool (a resource id or store id) the node: fault.Unavailable if there
 // is none. A host that is the node already is taken again without harm. Hosts
 // that were heard last come first.
 func (f *Fleet) TakeHost(ctx context.Context, poolKey, os, nodeID string) (*Host, error) {
 	var taken *Host
+	poolKey = storeKey(poolKey)
 	op := access.Op{Action: "Keyfleet/hosts/take/action", Resource: "/keyfleet/v1/hosts", Detail: "node " + nodeID}
 	err := f.cfg.Gate.Change(ctx, f.cfg.Store, op, func(tx *store.Tx) error {
 		all, err := Hosts.List(tx, "")
@@ -141,7 +151,7 @@ func (f *Fleet) TakeHost(ctx context.Context, poolKey, os, nodeID string) (*Host
 		}
 		if best == "" {
 			return fault.New(fault.Unavailable, "NoFreeHost", "No registered host of the pool is free.").
-				WithFix("register one: keyfleet node token --pool POOL, then on the machine: keyfleet-agent join --server URL --ca-hash H --token T --pool POOL").
+				WithFix("register one: keyfleet node join-token --pool POOL, then on the machine: keyfleet-agent join --server URL --ca-hash H --token T --pool POOL").
 				After(hostWait)
 		}
 		if taken, err = Hosts.Get(tx, best); err != nil { // guarded: two resizes never take one host
@@ -252,7 +262,15 @@ func (f *Fleet) ListHosts(ctx context.Context) ([]*Host, error) {
 	return Hosts.List(f.cfg.Store.View(ctx), "")
 }
 
-// RemoveHost strikes a host off. One that is a node is refused: remove the node first.
+// abandoned reports whether the node that the host is should be gone, and only
+// waits for the host to say that it removed everything.
+func (f *Fleet) abandoned(tx *store.Tx, h *Host) bool {
+	n, err := Nodes.Lookup(tx, h.Spec.Node)
+	return err == nil && (n == nil || !n.Deleting.IsZero())
+}
+
+// RemoveHost strikes a host off. One that is a node is refused, unless the node
+// is being removed: then the host is taken for lost.
 func (f *Fleet) RemoveHost(ctx context.Context, id string) error {
 	op := access.Op{Action: "Keyfleet/hosts/delete", Resource: "/keyfleet/v1/hosts/" + id}
 	return f.cfg.Gate.Change(ctx, f.cfg.Store, op, func(tx *store.Tx) error {
@@ -260,7 +278,7 @@ func (f *Fleet) RemoveHost(ctx context.Context, id string) error {
 		if err != nil || h == nil {
 			return err
 		}
-		if h.Spec.Node != "" {
+		if h.Spec.Node != "" && !f.abandoned(tx, h) {
 			return fault.New(fault.Conflict, "HostInUse", "The host %s is the node %s.", h.Status.Hostname, h.Spec.Node).
 				WithFix("remove the node from its pool first: keyfleet node delete POOL %s", h.Spec.Node)
 		}
@@ -269,4 +287,23 @@ func (f *Fleet) RemoveHost(ctx context.Context, id string) error {
 		}
 		return Hosts.Delete(tx, h.ID)
 	})
+}
+
+// AgentOf returns the name under which the agent of a node is connected: the
+// node's own id, or that of the registered host that is the node.
+func (f *Fleet) AgentOf(ctx context.Context, pool arm.ID, nodeID string) (string, error) {
+	tx := f.cfg.Store.View(ctx)
+	p, err := f.get(tx, pool.StoreKey())
+	if err != nil {
+		return "", err
+	}
+	n, err := f.node(tx, p, nodeID)
+	if err != nil {
+		return "", err
+	}
+	h, err := f.HostOf(ctx, n.ID)
+	if err != nil || h == nil {
+		return n.ID, err
+	}
+	return h.ID, nil
 }

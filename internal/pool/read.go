@@ -223,3 +223,13 @@ func (f *Fleet) NodeIdentity(ctx context.Context, id string, r node.TokenRequest
 	return Identity{}, fault.New(fault.Invalid, "IdentityNotFound", "Identity not found.").
 		WithFix("name an identity of the pool by its client id; identities are put on a pool when it is created")
 }
+
+// PoolGone reports whether the pool with this UID is gone: what the poller of a
+// deletion asks.
+func (f *Fleet) PoolGone(ctx context.Context, id arm.ID, uid string) (bool, error) {
+	if err := f.cfg.Gate.Read(ctx, access.Op{Action: poolRead, Resource: id.String()}); err != nil {
+		return false, err
+	}
+	p, err := Pools.Lookup(f.cfg.Store.View(ctx), id.StoreKey())
+	return err == nil && (p == nil || p.UID != uid), err
+}

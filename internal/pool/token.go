@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"time"
 
+	"keyfleet.dev/keyfleet/api/arm"
 	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/store"
@@ -64,7 +65,7 @@ func newToken(tx *store.Tx, rec JoinToken) (Token, error) {
 
 // CreateJoinToken makes a one-use token with which a machine registers as a
 // host of the pool. It counts for life, at most a day (zero: one hour).
-func (f *Fleet) CreateJoinToken(ctx context.Context, poolKey string, life time.Duration) (Token, time.Time, error) {
+func (f *Fleet) CreateJoinToken(ctx context.Context, pool arm.ID, life time.Duration) (Token, time.Time, error) {
 	switch {
 	case life == 0:
 		life = tokenLife
@@ -73,9 +74,9 @@ func (f *Fleet) CreateJoinToken(ctx context.Context, poolKey string, life time.D
 	}
 	var t Token
 	expires := f.cfg.Now().UTC().Add(life)
-	op := access.Op{Action: "Keyfleet/jointokens/write", Resource: "/keyfleet/v1/jointokens", Detail: "pool " + poolKey}
+	op := access.Op{Action: "Keyfleet/jointokens/write", Resource: "/keyfleet/v1/jointokens", Detail: "pool " + pool.String()}
 	err := f.cfg.Gate.Change(ctx, f.cfg.Store, op, func(tx *store.Tx) error {
-		p, err := f.get(tx, poolKey)
+		p, err := f.get(tx, pool.StoreKey())
 		if err != nil {
 			return err
 		}
@@ -104,12 +105,12 @@ func useToken(tx *store.Tx, token, key string, now time.Time) (*store.Object[Joi
 	}
 	if o.Spec.Key != "" && o.Spec.Key != key {
 		return nil, fault.New(fault.Denied, "JoinTokenUsed", "The join token was used by another machine.").
-			WithFix("make a new one: keyfleet node token --pool POOL")
+			WithFix("make a new one: keyfleet node join-token --pool POOL")
 	}
 	return o, nil
 }
 
 func tokenRefused() error {
 	return fault.New(fault.Unauthenticated, "JoinTokenRefused", "The join token is unknown or expired, or what it was for is gone.").
-		WithFix("make a new one: keyfleet node token --pool POOL")
+		WithFix("make a new one: keyfleet node join-token --pool POOL")
 }

@@ -130,6 +130,6 @@ func unknownType(path string, e Extension, known []ExtensionType) Problem {
 	return Problem{
 		Code: "InvalidPropertyValue", Path: path,
 		Reason: fmt.Sprintf("The extension type %s/%s is not known here. Known are: %s.", e.Publisher, e.Type, strings.Join(names, ", ")),
-		Fix:    fmt.Sprintf("use one of these, or let an administrator add it: keyfleet extension allow %s %s", e.Publisher, e.Type),
+		Fix:    fmt.Sprintf("use one of these, or let an administrator add it: keyfleet extension type add %s %s", e.Publisher, e.Type),
 	}
 }

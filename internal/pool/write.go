@@ -343,24 +343,25 @@ func identityFor(id Identified, clientID string) (Identity, bool) {
 	return Identity{}, false
 }
 
-// DeletePool asks for the deletion of a pool; its nodes are stopped first. gone
-// says that there was none.
-func (f *Fleet) DeletePool(ctx context.Context, id arm.ID, ifMatch string) (gone bool, err error) {
+// DeletePool asks for the deletion of a pool; its nodes are stopped first. It
+// returns the UID of the pool, by which PoolGone knows it; empty: there was none.
+func (f *Fleet) DeletePool(ctx context.Context, id arm.ID, ifMatch string) (uid string, err error) {
 	if err := poolID(id); err != nil {
-		return false, err
+		return "", err
 	}
 	op := access.Op{Action: "Microsoft.Batch/batchAccounts/pools/delete", Resource: id.String()}
 	err = f.cfg.Gate.Change(ctx, f.cfg.Store, op, func(tx *store.Tx) error {
 		p, err := Pools.Lookup(tx, id.StoreKey())
-		if gone = err == nil && p == nil; err != nil || p == nil {
+		if uid = ""; err != nil || p == nil {
 			return err
 		}
+		uid = p.UID
 		if err := matches(p, ifMatch, tx.Store()); err != nil {
 			return err
 		}
 		return f.deletePool(tx, p.ID)
 	})
-	return gone, err
+	return uid, err
 }
 
 // deletePool asks for the deletion. A pool that its controller has not seen
