@@ -17,6 +17,9 @@ import (
 
 // mainJob does the job and returns the node that was shown.
 func (d *demo) mainJob(ctx context.Context) (shown string, err error) {
+	if _, err := d.keyfleet(ctx, "login", "--from", filepath.Join(d.dir, "data")); err != nil {
+		return "", err
+	}
 	pool, err := d.createAll(ctx)
 	if err != nil {
 		return "", err
@@ -211,7 +214,7 @@ func (d *demo) look(ctx context.Context, node string) error {
 
 // shell runs a command on a node by "keyfleet node shell".
 func (d *demo) shell(ctx context.Context, node, command string) (string, error) {
-	out, err := d.keyfleet(ctx, "node", "shell", poolName, node, "--account", account, "--group", group, "--", "/bin/sh", "-c", command)
+	out, err := d.keyfleet(ctx, "node", "shell", poolName, node, "--", "/bin/sh", "-c", command)
 	if err != nil {
 		return "", fmt.Errorf("looking at node %s: %w", node, err)
 	}
@@ -221,7 +224,7 @@ func (d *demo) shell(ctx context.Context, node, command string) (string, error) 
 // keyfleet runs our command line, logged in from the server's data directory.
 func (d *demo) keyfleet(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(d.bin, "keyfleet"), args...)
-	cmd.Env = append(os.Environ(), "KEYFLEET_CONFIG="+filepath.Join(d.dir, "config.yaml"), "KEYFLEET_ADMIN="+filepath.Join(d.dir, "data"))
+	cmd.Env = append(os.Environ(), "KEYFLEET_CONFIG="+filepath.Join(d.dir, "config.yaml"))
 	out, err := cmd.Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"time"
 
+	"keyfleet.dev/keyfleet/api/keyfleet"
 	"keyfleet.dev/keyfleet/internal/azureapi"
 )
 
@@ -56,13 +57,42 @@ type whoami struct {
 	Name     string `json:"name"`
 }
 
-// ownRoutes are rows of the route table that belong to no capability.
+// ownRoutes are rows of the route table that belong to no single capability.
 func (s *Server) ownRoutes() []azureapi.Route {
-	return []azureapi.Route{{
-		Surface: azureapi.ARM, Method: http.MethodGet, Path: "/keyfleet/v1/whoami", Action: azureapi.Authenticated,
-		Handle: func(r *azureapi.Request) (*azureapi.Reply, error) {
-			c := r.Caller
-			return azureapi.OK(whoami{string(c.Kind), c.Tenant, c.ObjectID, c.ClientID, c.Name}), nil
+	return []azureapi.Route{
+		{
+			Surface: azureapi.ARM, Method: http.MethodGet, Path: "/keyfleet/v1/whoami", Action: azureapi.Authenticated,
+			Handle: func(r *azureapi.Request) (*azureapi.Reply, error) {
+				c := r.Caller
+				return azureapi.OK(whoami{string(c.Kind), c.Tenant, c.ObjectID, c.ClientID, c.Name}), nil
+			},
 		},
-	}}
+		{
+			Surface: azureapi.ARM, Method: http.MethodGet, Action: "certificates/get",
+			Path: "/keyfleet/v1/vaults/{vault}/certificates/{name}/deliveries", Handle: s.deliveries,
+		},
+	}
+}
+
+// deliveries says where a certificate is: which version each node has, and how
+// long after the newest version was stored the node had it.
+func (s *Server) deliveries(r *azureapi.Request) (*azureapi.Reply, error) {
+	vaultName, name := r.Param("vault"), r.Param("name")
+	cert, err := s.vaults.Renewal(r.Context(), vaultName, name) // decides and records
+	if err != nil {
+		return nil, err
+	}
+	list, err := s.fleet.Deliveries(r.Context(), vaultName, name)
+	if err != nil {
+		return nil, err
+	}
+	out := keyfleet.Deliveries{Vault: vaultName, Certificate: name, Version: cert.Version, Issued: cert.Issued, Nodes: []keyfleet.Delivery{}}
+	for _, d := range list {
+		w := keyfleet.Delivery{Pool: d.Pool, Node: d.Node, Extension: d.Extension, Secret: d.Secret, Version: d.Version, Path: d.Path, Since: d.Since}
+		if d.Version == cert.Version && d.Since.After(cert.Issued) {
+			w.Seconds = d.Since.Sub(cert.Issued).Seconds()
+		}
+		out.Nodes = append(out.Nodes, w)
+	}
+	return azureapi.OK(out), nil
 }
