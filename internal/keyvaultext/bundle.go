@@ -4,8 +4,12 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/pem"
+	"fmt"
+	"math"
+	"math/big"
 	"strings"
 
 	pkcs12 "software.sslmate.com/src/go-pkcs12"
@@ -56,6 +60,9 @@ func parsePFX(text, contentType string) ([]*x509.Certificate, crypto.Signer, err
 	if err != nil {
 		return nil, nil, notCertificate("it is neither PEM nor base64 (content type " + firstNonEmpty(oneLine(contentType), "not set") + ")")
 	}
+	if most := iterations(der, 0); most > maxIterations {
+		return nil, nil, notCertificate(fmt.Sprintf("its PKCS#12 asks for %d iterations to open, more than %d", most, maxIterations))
+	}
 	k, leaf, rest, err := pkcs12.DecodeChain(der, "")
 	if err != nil {
 		return nil, nil, notCertificate("it does not open as PKCS#12 with an empty password")
@@ -65,6 +72,37 @@ func parsePFX(text, contentType string) ([]*x509.Certificate, crypto.Signer, err
 		return nil, nil, notCertificate("its private key is of an unknown type")
 	}
 	return append([]*x509.Certificate{leaf}, rest...), signer, nil
+}
+
+// maxIterations bounds the work that a PKCS#12 may ask for: seconds, not hours.
+const maxIterations = 5_000_000
+
+// iterations finds the largest iteration count in the readable parts of a
+// PKCS#12. All its key derivations write salt and count one after the other:
+// an OCTET STRING, then an INTEGER (RFC 7292 appendix C, RFC 8018 appendix A).
+func iterations(der []byte, depth int) int64 {
+	var most int64
+	afterSalt := false
+	for len(der) > 0 && depth < 32 {
+		var v asn1.RawValue
+		rest, err := asn1.Unmarshal(der, &v)
+		if err != nil {
+			break // not DER here: encrypted, or a value
+		}
+		der = rest
+		switch {
+		case v.IsCompound || v.Class == asn1.ClassUniversal && v.Tag == asn1.TagOctetString:
+			most = max(most, iterations(v.Bytes, depth+1))
+		case afterSalt && v.Class == asn1.ClassUniversal && v.Tag == asn1.TagInteger:
+			n := new(big.Int).SetBytes(v.Bytes)
+			if !n.IsInt64() {
+				return math.MaxInt64
+			}
+			most = max(most, n.Int64())
+		}
+		afterSalt = v.Class == asn1.ClassUniversal && v.Tag == asn1.TagOctetString
+	}
+	return most
 }
 
 func parsePEM(text []byte) (certs []*x509.Certificate, key crypto.Signer, err error) {

@@ -1,6 +1,7 @@
 package keyvaultext
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -131,7 +132,10 @@ func TestBundlesThatAreRefused(t *testing.T) {
 	der, _ := x509.MarshalPKCS8PrivateKey(key)
 	leaf := pemOf("CERTIFICATE", certs[0].Raw)
 	locked, _ := pkcs12.Modern2023.Encode(key, certs[0], nil, "a password")
+	endless, _ := pkcs12.Modern2023.WithIterations(1<<16).Encode(key, certs[0], nil, "")
+	endless = bytes.ReplaceAll(endless, []byte{2, 3, 1, 0, 0}, []byte{2, 3, 0x7f, 0xff, 0xff}) // 65,536 becomes 8,388,607
 	cases := []struct{ why, value, code string }{
+		{"a PFX that takes minutes to open", base64.StdEncoding.EncodeToString(endless), "NotACertificate"},
 		{"an empty secret", " ", "NotACertificate"},
 		{"a secret that is a password", "hunter2!", "NotACertificate"},
 		{"base64 of something else", "aGVsbG8=", "NotACertificate"},
@@ -148,6 +152,9 @@ func TestBundlesThatAreRefused(t *testing.T) {
 		f := fault.From(err)
 		if err == nil || f.Code != c.code || f.Fix == "" {
 			t.Errorf("%s: %v, want %s", c.why, err, c.code)
+		}
+		if strings.Contains(c.why, "minutes") && !strings.Contains(f.Error(), "8388607 iterations") {
+			t.Errorf("%s: %v", c.why, err)
 		}
 		if len(c.value) > 20 && strings.Contains(f.Error(), c.value[:20]) {
 			t.Errorf("%s: the error quotes the secret: %v", c.why, err)

@@ -216,7 +216,7 @@ func TestHintMovesTheLinkAtOnce(t *testing.T) {
 	must(t, err)
 	defer listener.Close()
 	n.settings(true, "", quoted(urlOf))
-	n.raw(strings.Replace(string(publicOf(t, n)), `"5"`, `"86400"`, 1)) // no poll will come
+	n.raw(strings.Replace(string(publicSettings(t, n)), `"5"`, `"86400"`, 1)) // no poll will come
 	n.env = append(n.env, extension.HintSocketVariable+"="+socket, keyvaultext.TimeScaleVariable+"=1")
 	n.enable()
 
@@ -279,7 +279,7 @@ func TestHintMovesTheLinkAtOnce(t *testing.T) {
 	t.Errorf("the lost access was not reported: %v", lines.Err())
 }
 
-func publicOf(t *testing.T, n *node) []byte {
+func publicSettings(t testing.TB, n *node) []byte {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(n.base, "config", strconv.Itoa(n.seq)+".settings"))
 	must(t, err)

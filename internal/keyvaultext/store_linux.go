@@ -164,7 +164,7 @@ func (s *certificateStore) put(version string, b bundle, beforeSwitch func() err
 			return stored{}, err
 		}
 		out.switched = true
-		_, out.since, _ = s.current()
+		out.since = time.Now().UTC() // finer than the link's time, which ticks in jiffies
 	}
 	out.removed, err = s.retire()
 	if err != nil {
