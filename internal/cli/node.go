@@ -212,6 +212,7 @@ func (t *tool) awaitNode(ctx context.Context, u string, before object, verb, poo
 func (t *tool) nodeRemove() *cobra.Command {
 	var yes bool
 	c := t.verb("remove POOL NODE...", "Remove nodes; the pool gets smaller by as many", "keyfleet node remove sim 000002 000003 --yes", cobra.MinimumNArgs(2), nil)
+	c.Aliases = []string{"delete"}
 	account := accountFlag(c)
 	wait := waitFlags(c, true)
 	c.RunE = func(cmd *cobra.Command, args []string) error {

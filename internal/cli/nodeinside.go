@@ -168,6 +168,7 @@ func (t *tool) nodeJoinToken() *cobra.Command {
 	var life time.Duration
 	var pool, toFile string
 	c := t.verb("join-token", "Make a one-use token with which a machine joins a pool", "keyfleet node join-token --pool sim\nkeyfleet node join-token --pool sim --expires-in 24h", cobra.NoArgs, nil)
+	c.Aliases = []string{"token"}
 	account := accountFlag(c)
 	c.RunE = func(cmd *cobra.Command, _ []string) error {
 		ctx := cmd.Context()

@@ -34,16 +34,7 @@ type view[T any] struct {
 func one[T any](t *tool, v T, vw view[T]) error {
 	switch t.form() {
 	case "table":
-		width := 0
-		for _, c := range vw.columns {
-			width = max(width, len(c.head))
-		}
-		for _, c := range vw.columns {
-			if s := c.cell(v); s != "" {
-				fmt.Fprintf(t.out, "%-*s  %s\n", width, c.head, strings.ReplaceAll(clean(s), "\n", "\n"+strings.Repeat(" ", width+2)))
-			}
-		}
-		return nil
+		return writeOne(t.out, v, vw.columns)
 	case "tsv":
 		return many(t, []T{v}, vw)
 	case "name":
@@ -51,6 +42,24 @@ func one[T any](t *tool, v T, vw view[T]) error {
 		return err
 	}
 	return t.data(v)
+}
+
+// writeOne prints a line for each column that is not empty.
+func writeOne[T any](w io.Writer, v T, columns []column[T]) error {
+	var heads, cells []string
+	width := 0
+	for _, c := range columns {
+		if s := c.cell(v); s != "" {
+			heads, cells = append(heads, c.head), append(cells, clean(s))
+			width = max(width, len(c.head))
+		}
+	}
+	for i := range heads {
+		if _, err := fmt.Fprintf(w, "%-*s  %s\n", width, heads[i], strings.ReplaceAll(cells[i], "\n", "\n"+strings.Repeat(" ", width+2))); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // many prints a list of objects.
