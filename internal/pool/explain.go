@@ -49,7 +49,11 @@ func (f *Fleet) Explain(ctx context.Context, pool arm.ID, id string) (Explanatio
 		return Explanation{}, err
 	}
 	e := Evidence{Pool: p, Node: v, Heard: f.seen.newest(v.ID, v.Status.LastSeen), Now: f.cfg.Now()}
-	if prov := f.providerOf(v.Node); prov != nil {
+	prov, err := f.providerOf(ctx, p, v.Node)
+	if err != nil {
+		return Explanation{}, err
+	}
+	if prov != nil {
 		e.Provider = prov.Name()
 	}
 	if g, err := f.Goal(ctx, v.ID); err == nil {
@@ -121,8 +125,8 @@ func providerLink(e Evidence) Link {
 		l.State, l.Message = "waiting", "The node is leaving the pool."
 	case e.Provider == "":
 		l.State = "broken"
-		l.Message = fmt.Sprintf("No provider of this server offers %s nodes.", e.Node.Spec.OS)
-		l.Fix = "use an image of an operating system that a provider offers, or register hosts: keyfleet node join-token --pool POOL"
+		l.Message = noProviderMessage(e.Node.Spec.OS)
+		l.Fix = "use an image of an operating system that a provider offers, or let machines join"
 	case s.StartError != nil:
 		l.State = "broken"
 		l.Message = fmt.Sprintf("Provider %s could not start the node (%d attempts): %s: %s", e.Provider, s.Attempts, s.StartError.Code, s.StartError.Message)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"keyfleet.dev/keyfleet/internal/access"
@@ -33,10 +34,42 @@ func (f *Fleet) NodeController() reconcile.Runnable {
 	}
 }
 
-// provider returns the first provider that offers nodes of the system, or nil.
-func (f *Fleet) provider(os string) Provider {
+// hostProvider is the name of the provider that has machines which joined.
+const hostProvider = "host"
+
+// providerItem is the metadata item by which a pool chooses its provider.
+const providerItem = "keyfleet-provider"
+
+// choose returns the provider of a pool's new nodes: the one that its metadata
+// names; the hosts, if machines have joined for the pool; else the first that
+// offers the operating system without anybody joining. nil means that there is none.
+func (f *Fleet) choose(ctx context.Context, p *Pool) (Provider, error) {
+	os := p.Spec.OS()
+	for _, m := range p.Spec.Properties.Metadata {
+		if m.Name == providerItem {
+			prov := f.named(m.Value)
+			if prov == nil || !prov.Offers(os) {
+				return nil, nil
+			}
+			return prov, nil
+		}
+	}
+	hosts, err := Hosts.List(f.cfg.Store.View(ctx), "")
+	if err != nil {
+		return nil, err
+	}
+	joined := slices.ContainsFunc(hosts, func(h *Host) bool { return h.Spec.Pool == p.ID && h.Spec.OS == os })
+	for _, prov := range f.cfg.Providers {
+		if prov.Offers(os) && (prov.Name() == hostProvider) == joined {
+			return prov, nil
+		}
+	}
+	return nil, nil
+}
+
+func (f *Fleet) named(name string) Provider {
 	for _, p := range f.cfg.Providers {
-		if p.Offers(os) {
+		if p.Name() == name {
 			return p
 		}
 	}
@@ -44,16 +77,11 @@ func (f *Fleet) provider(os string) Provider {
 }
 
 // providerOf returns the provider that runs the node, or would.
-func (f *Fleet) providerOf(n *Node) Provider {
-	for _, p := range f.cfg.Providers {
-		if p.Name() == n.Status.Provider {
-			return p
-		}
-	}
+func (f *Fleet) providerOf(ctx context.Context, p *Pool, n *Node) (Provider, error) {
 	if n.Status.Provider != "" {
-		return nil
+		return f.named(n.Status.Provider), nil
 	}
-	return f.provider(n.Spec.OS)
+	return f.choose(ctx, p)
 }
 
 // Reconcile implements reconcile.Reconciler: start what is not running, carry
@@ -67,10 +95,14 @@ func (l *Lives) Reconcile(ctx context.Context, s *store.Store, n *Node) (reconci
 	if p == nil {
 		return reconcile.Result{}, fault.New(fault.Conflict, "PoolNotFound", "The node's pool is gone.")
 	}
+	prov, err := f.providerOf(ctx, p, n)
+	if err != nil {
+		return reconcile.Result{}, err
+	}
 	var again reconcile.Result
-	switch prov := f.providerOf(n); {
+	switch {
 	case prov == nil:
-		n.Status.StartError = &fault.Detail{Code: "AllocationFailed", Message: fmt.Sprintf("No provider of this server offers %s nodes.", n.Spec.OS)}
+		n.Status.StartError = &fault.Detail{Code: "AllocationFailed", Message: noProviderMessage(n.Spec.OS)}
 		n.Status.StartFinal = true
 	case n.Status.StartFinal && n.Status.Allocated.IsZero(): // the pool controller takes it away
 	default:
@@ -209,7 +241,10 @@ func (l *Lives) running(ctx context.Context, prov Provider, id string) (bool, er
 // Finalize implements reconcile.Finalizer: the node goes from its provider,
 // then its mark, which ends its tokens and its goal state.
 func (l *Lives) Finalize(ctx context.Context, s *store.Store, n *Node) (bool, reconcile.Result, error) {
-	if prov := l.fleet.providerOf(n); prov != nil {
+	for _, prov := range l.fleet.cfg.Providers {
+		if n.Status.Provider != "" && prov.Name() != n.Status.Provider {
+			continue // one that never told may still have begun: then all are asked
+		}
 		err := effect.Do("stop node", func() error { return prov.Stop(ctx, n.ID) })
 		if errors.Is(err, fault.Unavailable) { // a host that has not said yet that it is released
 			n.Status.State = StateLeavingPool

@@ -102,13 +102,16 @@ func timedOut(r *Resize, have int, waiting []*Node) ResizeError {
 }
 
 func noProvider(p *Pool) ResizeError {
-	os := p.Spec.OS()
-	name := strings.ToUpper(os[:1]) + os[1:]
 	return ResizeError{
 		Code:    "AllocationFailed",
-		Message: fmt.Sprintf("No provider of this server offers %s nodes.", name),
-		Details: []fault.Detail{{Code: "OperatingSystem", Message: os, Target: pathVM + ".imageReference"}},
+		Message: noProviderMessage(p.Spec.OS()),
+		Details: []fault.Detail{{Code: "OperatingSystem", Message: p.Spec.OS(), Target: pathVM + ".imageReference"}},
 	}
+}
+
+func noProviderMessage(os string) string {
+	name := strings.ToUpper(os[:1]) + os[1:]
+	return fmt.Sprintf("No provider of this server offers %s nodes. Machines can join: keyfleet node join-token --pool POOL.", name)
 }
 
 // failures are the nodes whose start cannot succeed.
@@ -185,7 +188,11 @@ func begin(p *Pool, now time.Time) {
 
 // step carries out the next step of the running resize.
 func (r *Resizer) step(ctx context.Context, s *store.Store, p *Pool, nodes []*Node, now time.Time) (time.Duration, error) {
-	next := planResize(p, nodes, r.fleet.provider(p.Spec.OS()) != nil, now)
+	prov, err := r.fleet.choose(ctx, p)
+	if err != nil {
+		return 0, err
+	}
+	next := planResize(p, nodes, prov != nil, now)
 	if err := r.remove(ctx, s, p, next.remove); err != nil {
 		return 0, err
 	}

@@ -31,7 +31,8 @@ type Records interface {
 	TakeHost(ctx context.Context, poolKey, os, nodeID string) (*pool.Host, error)
 	// OrderHost gives the node's host an order; nil where no host is the node.
 	OrderHost(ctx context.Context, nodeID, kind string) (*pool.Host, error)
-	ListHosts(ctx context.Context) ([]*pool.Host, error)
+	// HostsInUse returns the hosts that are nodes, by node id.
+	HostsInUse(ctx context.Context) (map[string]*pool.Host, error)
 }
 
 // Provider is the provider "host". Records must be set before it is used; it
@@ -96,15 +97,12 @@ func (p *Provider) order(ctx context.Context, nodeID, kind string) error {
 // List returns the nodes that hosts are. A host is always "running" here;
 // whether its agent is heard from is the pool's own knowledge.
 func (p *Provider) List(ctx context.Context) ([]pool.ProviderNode, error) {
-	hosts, err := p.Records.ListHosts(ctx)
+	hosts, err := p.Records.HostsInUse(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("listing hosts: %w", err)
 	}
 	var out []pool.ProviderNode
 	for _, h := range hosts {
-		if h.Spec.Node == "" {
-			continue
-		}
 		detail := "host " + h.Status.Hostname
 		if h.Spec.Order != nil {
 			detail += ", " + h.Spec.Order.Kind + " ordered"
