@@ -51,8 +51,10 @@ type Config struct {
 	// mean the same: URL as clients write it -> canonical URL. "/.default",
 	// trailing slashes and casing do not matter. Required.
 	Audiences map[string]string
-	// Place fails unless an identity can be made in the group now; it decides by
-	// what it reads through tx. Nil: not checked. Package subscription has it.
+	// Place fails unless an identity can be made in the group now, with
+	// fault.NotFound where subscription or group are missing; it decides by what
+	// it reads through tx. An empty group asks for the subscription only. Nil: not
+	// checked. Package subscription has it.
 	Place func(tx *store.Tx, subscription, group string) error
 
 	TokenLifetime    time.Duration    // of applications; zero: 1 h

@@ -240,7 +240,7 @@ func (s *Service) Resolve(ctx context.Context, resourceID string) (Identity, err
 	if err == nil {
 		return o.Spec, nil
 	}
-	if fault.KindOf(err) == fault.NotFound && s.cfg.Place != nil && fault.From(s.cfg.Place(tx, id.Subscription, "")).Code == "SubscriptionNotFound" {
+	if fault.KindOf(err) == fault.NotFound && s.cfg.Place != nil && fault.KindOf(s.cfg.Place(tx, id.Subscription, "")) == fault.NotFound {
 		return Identity{}, fault.New(fault.Invalid, "IdentityOfAnotherTenant",
 			"The identity '%s' is in subscription '%s', which does not belong to this tenant (%s). Only identities of the same tenant can be used.", resourceID, id.Subscription, s.tenant).
 			At(resourceID).WithFix("make the identity in a subscription of this tenant, or create that subscription here first")
