@@ -22,7 +22,7 @@ func (d *demo) renewByTime(ctx context.Context, ids []string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(d.out, "# keyfleet dev advance %s\n", advance)
+	fmt.Fprintf(d.out, "# keyfleet dev advance %dh\n", int(advance.Hours()))
 	if _, err := d.keyfleet(ctx, "dev", "advance", advance.String()); err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/audit"
 	"keyfleet.dev/keyfleet/internal/azureapi"
+	"keyfleet.dev/keyfleet/internal/azureapi/batch"
 	"keyfleet.dev/keyfleet/internal/azureapi/keyvault"
 	"keyfleet.dev/keyfleet/internal/azureapi/login"
 	"keyfleet.dev/keyfleet/internal/azureapi/nodes"
@@ -115,6 +116,7 @@ func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error
 		Table: func() []azureapi.Route { return s.api.Routes() },
 	})...)
 	routes = append(routes, keyvault.Routes(keyvault.Config{Vaults: s.vaults, Clock: s.clock})...)
+	routes = append(routes, batch.Routes(batch.Config{Fleet: s.fleet})...)
 	routes = append(routes, nodes.Routes(nodes.Config{
 		Gate: gate, AgentOf: s.agentOf, Sessions: sessions, Logs: logs, AskLogs: s.edge.AskLogs, Explain: s.explain,
 	})...)
