@@ -247,11 +247,10 @@ func checkManifest(r io.ReaderAt, size int64) error {
 // ParseName takes a file name PUBLISHER.TYPE-VERSION.zip apart. A publisher
 // may hold dots, a type may not.
 func ParseName(name string) (Package, error) {
-	base, ok := strings.CutSuffix(strings.ToLower(name), ".zip")
-	if !ok {
+	base := strings.TrimSuffix(name, path.Ext(name))
+	if !strings.EqualFold(path.Ext(name), ".zip") {
 		return Package{}, fmt.Errorf("the name of a package ends in .zip, not as %q", name)
 	}
-	base = name[:len(base)]
 	dash := strings.LastIndexByte(base, '-')
 	if dash < 0 {
 		return Package{}, fmt.Errorf("the name of a package is PUBLISHER.TYPE-VERSION.zip, not %q", name)

@@ -21,12 +21,16 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"keyfleet.dev/keyfleet/api/extension"
 )
 
 // ManifestName is the file that makes a zip an extension package.
 const ManifestName = "HandlerManifest.json"
+
+// epoch is the time of every file in a package: the first that the format has.
+var epoch = time.Date(1980, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // File is one file of a package.
 type File struct {
@@ -48,7 +52,7 @@ func Write(w io.Writer, files []File) error {
 		if f.Executable {
 			mode = 0o755
 		}
-		h := &zip.FileHeader{Name: f.Name, Method: zip.Deflate} // no Modified: the same bytes at any time
+		h := &zip.FileHeader{Name: f.Name, Method: zip.Deflate, Modified: epoch}
 		h.SetMode(mode)
 		c, err := z.CreateHeader(h)
 		if err != nil {
