@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -30,7 +32,7 @@ func runAgent(args []string) int {
 		fmt.Fprintln(os.Stderr, "keyfleet-agent:", err)
 		return 1
 	}
-	return serve(cfg, *verbose)
+	return serve(cfg, *verbose, nil)
 }
 
 // join is "keyfleet-agent join".
@@ -48,6 +50,8 @@ func join(args []string) int {
 		imds    = fs.String("imds", "", "`IP:PORT` of the identity endpoint; default 169.254.169.254:80")
 		claim   = fs.Bool("claim-imds", true, "put the identity endpoint's address on the loopback device")
 		hosts   = fs.Bool("manage-hosts", true, "keep the server's names in /etc/hosts")
+		config  = fs.String("config", "/etc/keyfleet/agent.json", "`FILE` that the configuration is written to when the machine is enrolled, for keyfleet-agent run; empty: nowhere")
+		only    = fs.Bool("enrol-only", false, "end when the machine is enrolled, instead of running the agent")
 		verbose = fs.Bool("verbose", false, "log every step")
 	)
 	if fs.Parse(args) != nil {
@@ -66,8 +70,27 @@ func join(args []string) int {
 		fmt.Fprintln(os.Stderr, "keyfleet-agent:", err)
 		return 1
 	}
+	written := cfg // without the token
 	cfg.Token = t
-	return serve(cfg, *verbose)
+	return serve(cfg, *verbose, func() (run bool, err error) { return !*only, writeConfig(*config, written) })
+}
+
+// writeConfig keeps the configuration of a machine that has joined.
+func writeConfig(path string, cfg agent.Config) error {
+	if path == "" {
+		return nil
+	}
+	text, err := json.MarshalIndent(cfg, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(path+".new", append(text, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 // nameServer turns a server given by address into its name and that address:
@@ -108,8 +131,9 @@ func joinToken(flagValue string) (agent.Token, error) {
 	return agent.Token(strings.TrimSpace(flagValue)), nil
 }
 
-// serve runs the agent until a signal.
-func serve(cfg agent.Config, verbose bool) int {
+// serve runs the agent until a signal. With joined, the machine is enrolled
+// first, and joined then says whether to go on.
+func serve(cfg agent.Config, verbose bool, joined func() (run bool, err error)) int {
 	debug.SetGCPercent(50) // an agent idles: a small heap is worth more than a few collections
 	level := slog.LevelInfo
 	if verbose {
@@ -117,6 +141,7 @@ func serve(cfg agent.Config, verbose bool) int {
 	}
 	cfg.Version = version()
 	cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	cfg.Session = agent.ServeSession
 	a, err := agent.New(cfg)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "keyfleet-agent:", err)
@@ -125,6 +150,21 @@ func serve(cfg agent.Config, verbose bool) int {
 	defer a.Close()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if joined != nil {
+		err := a.Enrol(ctx)
+		run := false
+		if err == nil {
+			run, err = joined()
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "keyfleet-agent:", err)
+			return 1
+		}
+		if !run {
+			fmt.Println(a.Node())
+			return 0
+		}
+	}
 	switch err := a.Run(ctx); {
 	case err == nil:
 		return 0

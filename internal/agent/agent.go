@@ -122,10 +122,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		a.wg.Wait()
 	}()
 	loops.Go(func() { a.serveIMDS(ctx) }) // answers "not yet" until there is a goal state
-	if err := a.prepare(); err != nil {
-		return err
-	}
-	if err := a.connect(ctx); err != nil {
+	if err := a.Enrol(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -146,6 +143,15 @@ func (a *Agent) Run(ctx context.Context) error {
 	loops.Go(func() { a.statusLoop(ctx) })
 	loops.Go(func() { a.reportLoop(ctx) })
 	return a.convergeLoop(ctx)
+}
+
+// Enrol makes this machine a node of the server, unless it is one already. It
+// tries until it succeeds, trying again cannot help, or ctx ends. Run does it too.
+func (a *Agent) Enrol(ctx context.Context) error {
+	if err := a.prepare(); err != nil {
+		return err
+	}
+	return a.connect(ctx)
 }
 
 // prepare makes what handlers need besides the server: keys and the trust file.

@@ -59,8 +59,8 @@ type Config struct {
 	Log        *slog.Logger `json:"-"` // nil: discarded
 	IMDSListen net.Listener `json:"-"` // instead of IMDS
 	Timeouts   Timeouts     `json:"-"` // zero: those of the handler contract
-	// Session opens an interactive session that the server announced; it
-	// returns when the session is over. Nil: announcements are ignored.
+	// Session opens an interactive session that the server announced and
+	// returns when it is over: [ServeSession]. Nil: announcements are ignored.
 	Session func(ctx context.Context, a *Agent, id, kind string) `json:"-"`
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"path/filepath"
 	"runtime"
 	"time"
 
@@ -77,12 +78,12 @@ func (a *Agent) connectOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if id == nil || !time.Now().Before(id.leaf().NotAfter) {
+	if id == nil {
 		if id, err = a.enrol(ctx); err != nil {
 			return err
 		}
 	}
-	a.srv.id.Store(id)
+	a.srv.use(id) // if it has run out, renewLoop says so and tries; the node goes on meanwhile
 	return nil
 }
 
@@ -92,7 +93,7 @@ func final(err error) bool {
 	if errors.As(err, &ans) {
 		return ans.Status == http.StatusUnauthorized || ans.Status == http.StatusForbidden || ans.Status == http.StatusBadRequest
 	}
-	return errors.Is(err, errExpired) || errors.Is(err, errNoToken)
+	return errors.Is(err, errNoToken)
 }
 
 var errNoToken = errors.New("this machine is not enrolled and there is no join token; make one (keyfleet node token --pool POOL) and run keyfleet-agent join")
@@ -125,7 +126,7 @@ func (a *Agent) enrol(ctx context.Context) (*identity, error) {
 	req := node.EnrolRequest{
 		Token: string(token), Hostname: a.cfg.Hostname, CSR: string(csr), Transport: string(transport), OS: runtime.GOOS, Agent: a.cfg.Version,
 	}
-	a.srv.id.Store(nil) // an expired certificate would be refused before the request is read
+	a.srv.use(nil) // an expired certificate would be refused before the request is read
 	var resp node.EnrolResponse
 	err = effect.Do("enrol", func() error {
 		_, err := a.srv.do(ctx, http.MethodPost, "/v1/enrol", nil, req, &resp)
@@ -141,9 +142,19 @@ func (a *Agent) enrol(ctx context.Context) (*identity, error) {
 	if err != nil {
 		return nil, err
 	}
-	_ = effect.Do("remove enrolment key", func() error { return os.Remove(a.statePath(nextKeyFile)) }) // it is in agent.pem now
+	a.forgetToken()
 	a.cfg.Log.Info("enrolled", "node", id.Node, "server", a.cfg.Server, "until", id.leaf().NotAfter)
 	return id, nil
+}
+
+// forgetToken removes what only the enrolment needed: the key, which is in
+// agent.pem now, and a token file in the state directory. What is left by a
+// crash does no harm: the token is spent.
+func (a *Agent) forgetToken() {
+	_ = effect.Do("remove enrolment key", func() error { return os.Remove(a.statePath(nextKeyFile)) })
+	if a.cfg.TokenFile != "" && filepath.Dir(a.cfg.TokenFile) == filepath.Clean(a.cfg.StateDir) {
+		_ = effect.Do("remove join token", func() error { return os.Remove(a.cfg.TokenFile) })
+	}
 }
 
 // takeCA keeps the CA that a trusted server named, and writes the trust file.
@@ -169,8 +180,7 @@ func (a *Agent) renewLoop(ctx context.Context) {
 		id := a.srv.id.Load()
 		wait := time.Until(renewAt(id.leaf(), draw))
 		if failures > 0 {
-			left := time.Until(id.leaf().NotAfter)
-			wait = retryAfter(failures, 2*time.Second, min(time.Hour, max(left/10, 5*time.Second)), 0.5+spread()/2)
+			wait = renewRetry(failures, time.Until(id.leaf().NotAfter), 0.5+spread()/2)
 		}
 		if !sleep(ctx, min(max(wait, 0), time.Hour)) {
 			return
@@ -187,8 +197,20 @@ func (a *Agent) renewLoop(ctx context.Context) {
 			return
 		}
 		failures++
-		a.cfg.Log.Warn("the agent's certificate could not be renewed", "error", err, "until", id.leaf().NotAfter, "failures", failures)
+		if failures&(failures-1) == 0 { // ever more seldom
+			a.cfg.Log.Warn("the agent's certificate could not be renewed", "error", err, "until", id.leaf().NotAfter, "failures", failures)
+		}
 	}
+}
+
+// renewRetry is how long to wait after a failed renewal when the certificate is
+// good for left: up to a tenth of that, an hour at most, and five minutes once it has run out.
+func renewRetry(failures int, left time.Duration, spread float64) time.Duration {
+	limit := 5 * time.Minute
+	if left > 0 {
+		limit = min(time.Hour, max(left/10, 5*time.Second))
+	}
+	return retryAfter(failures, 2*time.Second, limit, spread)
 }
 
 // renew gets the next certificate, for a new key, and uses it from the next handshake on.
@@ -196,10 +218,10 @@ func (a *Agent) renew(ctx context.Context, id *identity) error {
 	if !time.Now().Before(id.leaf().NotAfter) {
 		next, err := a.enrol(ctx)
 		if err != nil {
-			a.srv.id.Store(id)
+			a.srv.use(id)
 			return err
 		}
-		a.srv.id.Store(next)
+		a.srv.use(next)
 		return nil
 	}
 	key, err := pki.NewKey(pki.P256)
@@ -225,7 +247,7 @@ func (a *Agent) renew(ctx context.Context, id *identity) error {
 	if err != nil {
 		return err
 	}
-	a.srv.id.Store(next)
+	a.srv.use(next)
 	a.cfg.Log.Info("agent certificate renewed", "node", next.Node, "until", next.leaf().NotAfter)
 	return nil
 }

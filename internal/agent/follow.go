@@ -209,6 +209,9 @@ func (a *Agent) fetchGoal(ctx context.Context) error {
 	if resp.StatusCode == http.StatusNotModified {
 		return nil
 	}
+	if !samePool(a.cfg.Pool, g.Pool) {
+		return fmt.Errorf("the server made this machine a node of %s, but it was told to join %s", g.Pool, a.cfg.Pool)
+	}
 	data, err := json.Marshal(g)
 	if err != nil {
 		return err
@@ -218,6 +221,12 @@ func (a *Agent) fetchGoal(ctx context.Context) error {
 	}
 	a.takeGoal(&g)
 	return nil
+}
+
+// samePool reports whether a goal state's pool is the one that was wished, by
+// resource id or name. A host that no pool uses yet has none.
+func samePool(wished, is string) bool {
+	return wished == "" || is == "" || strings.EqualFold(wished, is) || strings.EqualFold(wished, is[strings.LastIndexByte(is, '/')+1:])
 }
 
 // loadGoal takes the last goal state from disk; with none there it does nothing.

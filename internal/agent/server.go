@@ -30,6 +30,7 @@ const answerLimit = 8 << 20
 type server struct {
 	base    string
 	id      atomic.Pointer[identity]
+	session sessions
 	api     *http.Client // short requests; a connection is kept for a few seconds
 	streams *http.Client // watches, downloads: one connection each
 }
@@ -41,8 +42,9 @@ func newServer(base, address string, ca []byte) (*server, error) {
 		return nil, errors.New("the server's CA is not a PEM certificate")
 	}
 	s := &server{base: base}
+	s.session.forget()
 	conf := &tls.Config{
-		RootCAs: roots, MinVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(4),
+		RootCAs: roots, MinVersion: tls.VersionTLS12, ClientSessionCache: &s.session,
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			if id := s.id.Load(); id != nil {
 				return &id.Cert, nil
@@ -54,6 +56,31 @@ func newServer(base, address string, ca []byte) (*server, error) {
 	s.streams = &http.Client{Transport: transportTo(address, conf, 0), CheckRedirect: noRedirect}
 	return s, nil
 }
+
+// use makes id, which may be nil, what the agent proves itself with from the
+// next request on. A resumed session or a kept connection would still prove the old one.
+func (s *server) use(id *identity) {
+	s.id.Store(id)
+	s.session.forget()
+	s.api.CloseIdleConnections()
+	s.streams.CloseIdleConnections()
+}
+
+// sessions is a cache of TLS sessions that can be emptied.
+type sessions struct {
+	cache atomic.Pointer[tls.ClientSessionCache]
+}
+
+func (s *sessions) forget() {
+	c := tls.NewLRUClientSessionCache(2)
+	s.cache.Store(&c)
+}
+
+// Get returns a session to resume.
+func (s *sessions) Get(key string) (*tls.ClientSessionState, bool) { return (*s.cache.Load()).Get(key) }
+
+// Put keeps a session.
+func (s *sessions) Put(key string, cs *tls.ClientSessionState) { (*s.cache.Load()).Put(key, cs) }
 
 // transportTo dials address (or the URL's host) with conf; idle 0: connections are not kept.
 func transportTo(address string, conf *tls.Config, idle time.Duration) *http.Transport {
