@@ -5,20 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"os"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
-
-	"keyfleet.dev/keyfleet/internal/effect"
-	"keyfleet.dev/keyfleet/internal/fault"
 )
 
 const (
@@ -29,81 +23,31 @@ const (
 	keepHistory  = "10m"            // revisions older than this are compacted away
 )
 
-// server is an embedded etcd and the lock on its directory.
+// server is an embedded etcd.
 type server struct {
 	etcd    *embed.Etcd
-	lock    *os.File
 	quiet   atomic.Bool // while starting and closing, what etcd reports is expected, or an error that we return
 	closing atomic.Bool
 	ended   chan struct{} // closed when etcd ended before close was called
 }
 
-// embed locks the directory, starts etcd in it and waits until it answers.
+// embed starts etcd in the directory and waits until it answers.
 func (b *Backend) embed(ctx context.Context, c Config) error {
-	if c.Dir == "" {
-		return errors.New("etcd: neither a directory nor endpoints are given")
-	}
 	if c.Quota == 0 {
 		c.Quota = defaultQuota
 	}
-	if err := makePrivate(c.Dir); err != nil {
-		return err
-	}
-	lock, err := lockDir(c.Dir)
-	if err != nil {
-		return err
-	}
-	s := &server{lock: lock, ended: make(chan struct{})}
+	s := &server{ended: make(chan struct{})}
 	if err := s.start(ctx, c); err != nil {
-		_ = lock.Close()
 		return err
 	}
 	b.server = s
 	b.client = v3client.New(s.etcd.Server)
 	if err := b.settle(ctx, c.Quota); err != nil {
 		_ = b.client.Close()
-		return errors.Join(err, s.close())
+		s.close()
+		return err
 	}
 	return nil
-}
-
-// makePrivate makes the directory, for its owner only.
-func makePrivate(dir string) error {
-	if err := effect.Do("make data directory", func() error { return os.MkdirAll(dir, 0o700) }); err != nil {
-		return fmt.Errorf("making the data directory: %w", err)
-	}
-	if err := os.Chmod(dir, 0o700); err != nil {
-		return fmt.Errorf("closing the data directory to others: %w", err)
-	}
-	return nil
-}
-
-// lockDir takes the directory for this process until the file is closed. The
-// kernel gives the lock back when the process dies, however it dies.
-func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("opening the lock of the data directory: %w", err)
-	}
-	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
-	if errors.Is(err, syscall.EWOULDBLOCK) {
-		holder := make([]byte, 32)
-		n, _ := f.ReadAt(holder, 0)
-		_ = f.Close()
-		return nil, fault.New(fault.Conflict, "", "The data directory %s is in use by another server (process %s).", dir, strings.TrimSpace(string(holder[:n]))).
-			WithFix("end that server, or give this one another directory")
-	}
-	if err == nil {
-		err = f.Truncate(0)
-	}
-	if err == nil {
-		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
-	}
-	if err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("locking the data directory: %w", err)
-	}
-	return f, nil
 }
 
 // start runs etcd and waits until it is ready.
@@ -158,13 +102,10 @@ func (s *server) watch() {
 	}
 }
 
-func (s *server) failed() <-chan struct{} { return s.ended }
-
-func (s *server) close() error {
+func (s *server) close() {
 	s.closing.Store(true)
 	s.quiet.Store(true)
 	s.etcd.Close()
-	return s.lock.Close()
 }
 
 // settle clears what a former process left: its leadership, which nobody can hold

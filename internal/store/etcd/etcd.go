@@ -26,6 +26,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -38,7 +39,7 @@ import (
 
 // Config says where the state is.
 type Config struct {
-	Dir       string       // the server's data directory, made with mode 0700 if absent; required when embedded
+	Dir       string       // the server's data directory, made with mode 0700 if absent, and locked; required when embedded
 	Endpoints []string     // URLs of an external cluster; empty: embedded
 	TLS       *tls.Config  // for Endpoints with https
 	Quota     int64        // embedded: bytes that etcd may use; zero: 2 GiB. At the quota changes are refused
@@ -56,8 +57,8 @@ type Backend struct {
 	server  *server // nil when external
 	where   string  // for messages: the directory or the endpoints
 	session int     // seconds
-	maxOps  int     // operations a transaction may have, 0: not known
 	log     *slog.Logger
+	lock    *os.File // on Config.Dir; nil without one
 
 	closing context.Context // ends when Close begins
 	close   func() error
@@ -79,30 +80,42 @@ func Open(ctx context.Context, c Config) (*Backend, error) {
 	b := &Backend{session: c.Session, log: c.Log}
 	closing, stop := context.WithCancel(context.Background())
 	b.closing = closing
-	var err error
-	if len(c.Endpoints) > 0 {
-		b.where = strings.Join(c.Endpoints, ", ")
-		err = b.connect(ctx, c)
-	} else {
-		b.where, b.maxOps = c.Dir, maxTxnOps
-		err = b.embed(ctx, c)
-	}
+	err := b.start(ctx, c)
 	if err != nil {
 		stop()
+		b.unlock()
 		return nil, err
 	}
 	b.close = sync.OnceValue(func() error {
 		stop()
+		defer b.unlock()
 		err := b.client.Close()
 		if errors.Is(err, context.Canceled) {
 			err = nil // the embedded client's own context, which Close ends
 		}
 		if b.server != nil {
-			err = errors.Join(err, b.server.close())
+			b.server.close()
 		}
 		return err
 	})
 	return b, nil
+}
+
+func (b *Backend) start(ctx context.Context, c Config) (err error) {
+	if c.Dir != "" {
+		if b.lock, err = lockDir(c.Dir); err != nil {
+			return err
+		}
+	}
+	if len(c.Endpoints) > 0 {
+		b.where = strings.Join(c.Endpoints, ", ")
+		return b.connect(ctx, c)
+	}
+	if c.Dir == "" {
+		return errors.New("etcd: neither a directory nor endpoints are given")
+	}
+	b.where = c.Dir
+	return b.embed(ctx, c)
 }
 
 // connect dials an external cluster and waits for its first answer.
@@ -130,13 +143,13 @@ func (b *Backend) connect(ctx context.Context, c Config) error {
 // Close ends watches and sessions, and stops an embedded etcd.
 func (b *Backend) Close() error { return b.close() }
 
-// Failed is closed when an embedded etcd ended by itself; nil when external. The
-// server must end then, for nothing can be stored.
+// Failed returns a channel that is closed when an embedded etcd ended by itself;
+// nil when external. The server must end then, for nothing can be stored.
 func (b *Backend) Failed() <-chan struct{} {
 	if b.server == nil {
 		return nil
 	}
-	return b.server.failed()
+	return b.server.ended
 }
 
 // Health reads through the quorum, and reports a full store. It is for readiness probes.

@@ -73,6 +73,16 @@ func TestOneDirectoryHasOneServer(t *testing.T) {
 	open(t, Config{Dir: dir}) // free again
 }
 
+func TestOpensQuickly(t *testing.T) {
+	start := time.Now()
+	open(t, Config{Dir: t.TempDir()})
+	took := time.Since(start)
+	t.Logf("ready after %s", took)
+	if took > 5*time.Second { // usually 0.1 to 0.4 s; a busy machine is no fault
+		t.Errorf("ready only after %s", took)
+	}
+}
+
 func TestStateOutlivesTheServerAndItsLeadershipDoesNot(t *testing.T) {
 	dir := t.TempDir()
 	b := open(t, Config{Dir: dir})
