@@ -36,8 +36,8 @@ func (r *records) OrderHost(_ context.Context, nodeID, kind string) (*pool.Host,
 	return &r.host, nil
 }
 
-func (r *records) ListHosts(context.Context) ([]*pool.Host, error) {
-	return []*pool.Host{&r.host, {}}, nil
+func (r *records) HostsInUse(context.Context) (map[string]*pool.Host, error) {
+	return map[string]*pool.Host{r.host.Spec.Node: &r.host}, nil
 }
 
 // TestLife: a host is taken, ordered about, and gone only when it said so.
