@@ -20,7 +20,7 @@ type Election interface {
 }
 
 // pause is the time after the n-th failed attempt to lead, and before the n-th
-// restart of a Runnable that ended by itself.
+// restart of a Runnable or a Trigger that ended by itself.
 func pause(n int) time.Duration {
 	return Backoff{Base: time.Second, Cap: 30 * time.Second}.delay(n, jitter())
 }

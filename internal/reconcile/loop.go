@@ -85,7 +85,7 @@ func (l *loop[S, T]) trigger(ctx context.Context, t Trigger) {
 		if time.Since(started) > longest {
 			n = 1
 		}
-		wait := l.Backoff.delay(n, jitter())
+		wait := pause(n)
 		l.Log.Warn("trigger ended, starting it again", "error", err, "after", wait)
 		if !sleep(ctx, wait) {
 			return
