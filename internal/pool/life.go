@@ -155,7 +155,7 @@ func (l *Lives) bring(ctx context.Context, s *store.Store, prov Provider, n *Nod
 	if n.Status.Allocated.IsZero() {
 		n.Status.Allocated = l.fleet.cfg.Now().UTC()
 	}
-	return reconcile.Result{}, l.obey(ctx, s, prov, n, now)
+	return reconcile.Result{}, l.obey(ctx, s, prov, n)
 }
 
 // startFailed notes a failed start. What cannot get better, or failed often on
@@ -189,8 +189,8 @@ func startFailed(n *Node, err error) (reconcile.Result, error) {
 }
 
 // obey carries out a reboot or reimage. Its end is seen by the agent's report
-// of a start after OrderedAt, not by this call.
-func (l *Lives) obey(ctx context.Context, s *store.Store, prov Provider, n *Node, now time.Time) error {
+// of another start, not by this call.
+func (l *Lives) obey(ctx context.Context, s *store.Store, prov Provider, n *Node) error {
 	o := n.Spec.Order
 	if o == nil || n.Status.Done == o.ID {
 		return nil
@@ -207,7 +207,7 @@ func (l *Lives) obey(ctx context.Context, s *store.Store, prov Provider, n *Node
 	if err != nil {
 		return fmt.Errorf("%s of node %s: %w", o.Kind, n.ID, err)
 	}
-	n.Status.Done, n.Status.OrderedAt = o.ID, now
+	n.Status.Done = o.ID
 	return nil
 }
 

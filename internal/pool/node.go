@@ -43,8 +43,8 @@ type NodeSeen struct {
 	LastSeen      time.Time          `json:"lastSeen,omitzero"`   // the agent's last word, at most heartbeatEvery old
 	Report        *node.StatusReport `json:"report,omitempty"`    // the last report
 	RevisionSince time.Time          `json:"revisionSince,omitzero"`
-	Done          string             `json:"done,omitempty"`     // id of the last order carried out
-	OrderedAt     time.Time          `json:"orderedAt,omitzero"` // when the running order was handed to the provider
+	Done          string             `json:"done,omitempty"`        // id of the last order carried out
+	OrderedBoot   string             `json:"orderedBoot,omitempty"` // the agent's boot id when the order was given
 }
 
 // heartbeatEvery is how often an unchanged report is written down: often

@@ -151,6 +151,10 @@ func (f *Fleet) OrderNode(ctx context.Context, pool arm.ID, id, kind string) err
 		var b [8]byte
 		rand.Read(b[:])
 		n.Spec.Order = &node.Action{ID: hex.EncodeToString(b[:]), Kind: kind}
+		n.Status.OrderedBoot = ""
+		if r := n.Status.Report; r != nil {
+			n.Status.OrderedBoot = r.BootID
+		}
 		return nil
 	})
 }

@@ -122,13 +122,14 @@ func extensionsState(n *Node, reqs []Requirement) (string, []NodeError) {
 }
 
 // orderState is the state of a node with a reboot or reimage under way: from
-// the order until the agent is seen to have come back from it.
+// the order until the agent reports from another start than the one that was
+// ordered to end. Clocks are not asked: a host's may be wrong.
 func orderState(n *Node) string {
 	o := n.Spec.Order
 	if o == nil {
 		return ""
 	}
-	back := n.Status.Done == o.ID && n.Status.Report != nil && n.Status.Report.Booted.After(n.Status.OrderedAt)
+	back := n.Status.Done == o.ID && n.Status.Report != nil && n.Status.Report.BootID != n.Status.OrderedBoot
 	if back {
 		return ""
 	}
@@ -199,7 +200,7 @@ func (f *Fleet) settleWith(p *Pool, n *Node, now time.Time) {
 
 // sameReport reports whether the second report says nothing that the first did not.
 func sameReport(a, b *node.StatusReport) bool {
-	if a == nil || b == nil || a.Revision != b.Revision || a.Agent != b.Agent || a.BootID != b.BootID || a.Done != b.Done {
+	if a == nil || b == nil || a.Revision != b.Revision || a.Agent != b.Agent || a.BootID != b.BootID || !a.Booted.Equal(b.Booted) || a.Done != b.Done {
 		return false
 	}
 	return slices.EqualFunc(a.Extensions, b.Extensions, func(x, y node.ExtensionStatus) bool {
