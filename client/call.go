@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"strconv"
 	"strings"
 	"time"
 
@@ -58,13 +57,26 @@ func (r *Response) Warnings() []string {
 		parts := strings.SplitN(v, " ", 3) // code, agent, quoted text
 		text := v
 		if len(parts) == 3 {
-			if s, err := strconv.Unquote(strings.TrimSpace(parts[2])); err == nil {
-				text = s
-			}
+			text = unquote(strings.TrimSpace(parts[2]))
 		}
 		out = append(out, text)
 	}
 	return out
+}
+
+// unquote takes a quoted-string apart (RFC 9110, 5.6.4); other text stays as it is.
+func unquote(s string) string {
+	if len(s) < 2 || s[0] != '"' || s[len(s)-1] != '"' {
+		return s
+	}
+	var b strings.Builder
+	for i := 1; i < len(s)-1; i++ {
+		if s[i] == '\\' && i < len(s)-2 {
+			i++
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
 }
 
 // retryWaits are the pauses between attempts where the server names none; the

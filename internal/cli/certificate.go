@@ -48,15 +48,25 @@ func (t *tool) certificateView() view[object] {
 	}
 }
 
+// versionView shows the versions of a certificate.
+func (t *tool) versionView() view[object] {
+	return view[object]{
+		name: func(o object) string { return versionOf(o, "id") },
+		columns: []column[object]{
+			derived("Name", func(o object) string { return nameOf(o, "id") }),
+			derived("Version", func(o object) string { return versionOf(o, "id") }),
+			t.timeAt("Created", "attributes.created"), t.timeAt("Expires", "attributes.exp"),
+			field("Enabled", "attributes.enabled"), field("Thumbprint", "x5t"),
+		},
+	}
+}
+
 func keyWords(o object) string {
-	s := o.str("policy.key_props.kty")
-	if n := o.str("policy.key_props.key_size"); n != "" && n != "0" {
-		s += " " + n
-	}
+	s, size := o.str("policy.key_props.kty"), o.str("policy.key_props.key_size")
 	if c := o.str("policy.key_props.crv"); c != "" {
-		s += " " + c
+		size = c
 	}
-	return s
+	return strings.TrimSpace(s + " " + size)
 }
 
 // autoRenew returns the AutoRenew action of a policy.
@@ -108,7 +118,7 @@ func renewalProblem(o object) string {
 func (t *tool) certificateCommand() *cobra.Command {
 	return t.noun("certificate", "Certificates of a vault",
 		t.certificateCreate(), t.certificateShow(), t.certificateList(),
-		t.objectVersions("certificates", "List the versions of a certificate", t.certificateView),
+		t.objectVersions("certificates", "List the versions of a certificate", t.versionView),
 		t.certificatePolicy(), t.certificateRenew(), t.certificateDownload(),
 		t.objectDelete("certificates", "certificate"), t.objectDeleted("certificates"),
 		t.objectRecover("certificates", "certificate"), t.objectPurge("certificates", "certificate"),
@@ -387,7 +397,7 @@ func (t *tool) awaitCertificate(ctx context.Context, v vaultObject, word string)
 			if err != nil {
 				return false, err
 			}
-			p.show("Certificate %s: %s", v, lines(op.str("status"), op.str("status_details")))
+			p.show("Certificate %s: %s", v, op.str("status")+"  "+op.str("status_details"))
 			switch op.str("status") {
 			case "inProgress":
 				return false, nil

@@ -149,7 +149,7 @@ func TestFixCommandsExist(t *testing.T) {
 
 // typedCommand finds commands in messages: from the program's name and a known
 // noun to the end of the command.
-var typedCommand = regexp.MustCompile(`keyfleet (?:account|application|audit|certificate|context|dev|doctor|extension|group|hosts|identity|login|logout|node|pool|role|secret|subscription|vault|version|%s)\b[^,;"()` + "`" + `]*`)
+var typedCommand = regexp.MustCompile(`keyfleet (?:account|application|audit|certificate|context|dev|doctor|extension|group|host|hosts|identity|login|logout|node|pool|role|secret|subscription|vault|version|%s)\b[^,;"()` + "`" + `]*`)
 
 var hole = regexp.MustCompile(`%[a-z]`)
 

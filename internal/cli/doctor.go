@@ -239,7 +239,7 @@ func (d *doctor) renewals(ctx context.Context) {
 			good += d.renewal(ctx, v.name(), nameOf(c, "id"))
 		}
 	}
-	d.add("vault.renewal", checkOK, "", "%s in %s as they should be", plural(good, "certificate"), plural(len(all), "vault"))
+	d.add("vault.renewal", checkOK, "", "%s in %s renew as they should or have time", plural(good, "certificate"), plural(len(all), "vault"))
 }
 
 // soon is when the end of a certificate that nothing renews needs attention.

@@ -57,6 +57,9 @@ func sentence(s string) string {
 	if !strings.HasSuffix(s, ".") && !strings.HasSuffix(s, "?") {
 		s += "."
 	}
+	if word, _, _ := strings.Cut(s, " "); strings.ContainsAny(word, ":/.") {
+		return s // an address or a path stays as it is
+	}
 	return strings.ToUpper(s[:1]) + s[1:]
 }
 

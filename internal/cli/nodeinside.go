@@ -203,12 +203,10 @@ func (t *tool) nodeJoinToken() *cobra.Command {
 	return c
 }
 
-// joinCommand is what is typed on the machine.
+// joinCommand is what is typed on the machine. The token is in the environment,
+// where other users do not see it.
 func joinCommand(o object) string {
-	if s := o.str("command"); s != "" {
-		return s
-	}
-	return fmt.Sprintf("keyfleet-agent join --server %s --ca-hash %s --token %s", o.str("server"), o.str("caHash"), o.str("token"))
+	return fmt.Sprintf("KEYFLEET_TOKEN=%s keyfleet-agent join --server %s --ca-hash %s --pool %s", o.str("token"), o.str("server"), o.str("caHash"), o.str("pool"))
 }
 
 // parsedSettings turns an extension's settings, which the data plane gives as a

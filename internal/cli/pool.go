@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/url"
 	"regexp"
 	"sort"
 	"strconv"
@@ -460,7 +461,7 @@ func (t *tool) poolOutcome(name string, o object, nodes []object, until string) 
 
 func (t *tool) poolWhatIf() *cobra.Command {
 	var f bodyFlags
-	var exitCode bool
+	var exitCode, patch bool
 	var version string
 	c := t.verb("what-if [NAME]", "Say what creating or changing a pool would change, refuse and warn of, and change nothing", "keyfleet pool what-if sim --file pool.json", cobra.MaximumNArgs(1), nil)
 	account := accountFlag(c)
@@ -481,7 +482,11 @@ func (t *tool) poolWhatIf() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		o, err := t.call(ctx, request(http.MethodPost, t.client.ARM("/keyfleet/v1"+id+"/whatif"), version, body))
+		req := request(http.MethodPost, t.client.ARM("/keyfleet/v1"+id+"/whatif"), version, body)
+		if patch {
+			req.Query = url.Values{"patch": {"true"}}
+		}
+		o, err := t.call(ctx, req)
 		if err != nil {
 			return err
 		}
@@ -497,6 +502,7 @@ func (t *tool) poolWhatIf() *cobra.Command {
 	}
 	f.add(c)
 	apiVersionFlag(c, &version)
+	c.Flags().BoolVar(&patch, "patch", false, "the body is that of an update, not of the whole pool")
 	c.Flags().BoolVar(&exitCode, "exit-code", false, "end with 10 when there are changes, problems or warnings")
 	return c
 }

@@ -22,7 +22,8 @@
 //   - A command that starts long work waits for it and shows where it is; --no-wait does not.
 //     Ctrl-C while waiting detaches: the work goes on, and the way back is printed.
 //   - Progress is one line that is rewritten on a terminal, and lines with time
-//     stamps elsewhere; only changes are printed. NO_COLOR is obeyed. All of it is ASCII.
+//     stamps elsewhere; only changes are printed, and nothing of work that takes
+//     less than half a second. NO_COLOR is obeyed. All of it is ASCII.
 //   - Messages are whole sentences that start with a capital and end with a
 //     full stop. Commands to type stand alone on their line, so that they can be copied.
 //   - An error has the fixed form of errors.go: code, message, why, fix, ids.
@@ -175,9 +176,15 @@ type progress struct {
 
 func (t *tool) progress() *progress { return &progress{t: t, start: t.now()} }
 
+// quick is how long work may take before progress is shown.
+const quick = 500 * time.Millisecond
+
 // show shows a state. The same text again shows nothing new.
 func (p *progress) show(format string, args ...any) {
-	s := clean(fmt.Sprintf(format, args...))
+	if p.t.now().Sub(p.start) < quick {
+		return
+	}
+	s := strings.Join(strings.Fields(clean(fmt.Sprintf(format, args...))), " ")
 	if p.t.errTTY {
 		fmt.Fprintf(p.t.err, "\r\x1b[K%s  (%s)", s, p.t.now().Sub(p.start).Round(time.Second))
 		p.open = true
