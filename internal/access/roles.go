@@ -182,7 +182,7 @@ func denied(p Principal, op Op) error {
 			if !strings.HasPrefix(scope, "/subscriptions/") {
 				scope = "/"
 			}
-			return e.WithFix("az role assignment create --role '%s' --assignee-object-id %s --assignee-principal-type ServicePrincipal --scope %s", r.Name, p.ObjectID, scope)
+			return e.WithFix("keyfleet role assign --object-id %s --role '%s' --scope %s", p.ObjectID, r.Name, scope)
 		}
 	}
 	return e

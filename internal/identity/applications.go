@@ -95,11 +95,11 @@ func (a Application) check(secret string, now time.Time) error {
 	if found == nil {
 		return fault.New(fault.Unauthenticated, "invalid_client",
 			"Invalid client secret provided. Ensure the secret being sent in the request is the client secret value, not the client secret ID, for a secret added to app '%s'.", a.ClientID).
-			WithInner("AADSTS7000215").WithFix("an administrator makes a new secret: POST /keyfleet/v1/applications/%s/secrets", a.ClientID)
+			WithInner("AADSTS7000215").WithFix("an administrator makes a new secret: keyfleet application secret add %s --to-file FILE", a.ClientID)
 	}
 	if !found.Expires.IsZero() && !now.Before(found.Expires) {
 		return fault.New(fault.Unauthenticated, "invalid_client", "The provided client secret keys for app '%s' are expired.", a.ClientID).
-			WithInner("AADSTS7000222").WithFix("an administrator makes a new secret: POST /keyfleet/v1/applications/%s/secrets", a.ClientID)
+			WithInner("AADSTS7000222").WithFix("an administrator makes a new secret: keyfleet application secret add %s --to-file FILE", a.ClientID)
 	}
 	return nil
 }
@@ -200,7 +200,7 @@ func (s *Service) AddSecret(ctx context.Context, clientID string, expires time.T
 	err := s.changeApplication(ctx, op, clientID, func(a *Application) error {
 		if len(a.Secrets) >= maxSecrets {
 			return fault.New(fault.Conflict, "TooManySecrets", "The application has %d secrets already; more are not possible.", len(a.Secrets)).
-				WithFix("remove one: DELETE /keyfleet/v1/applications/%s/secrets/KEYID", a.ClientID)
+				WithFix("remove one: keyfleet application secret remove %s SECRET-ID", a.ClientID)
 		}
 		a.Secrets = append(slices.Clone(a.Secrets), stored)
 		return nil

@@ -168,7 +168,7 @@ func (s *Service) authenticate(ctx context.Context, c Credentials) (Application,
 	if o == nil {
 		return Application{}, fault.New(fault.Invalid, "unauthorized_client",
 			"Application with identifier '%s' was not found in the directory 'Keyfleet'. This can happen if the application has not been installed by the administrator of the tenant.",
-			clip(c.ClientID)).WithInner("AADSTS700016").WithFix("check the client id; an administrator lists applications at /keyfleet/v1/applications")
+			clip(c.ClientID)).WithInner("AADSTS700016").WithFix("check the client id; an administrator lists them: keyfleet application list")
 	}
 	return o.Spec, o.Spec.check(c.Secret, s.cfg.Now())
 }

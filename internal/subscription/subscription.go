@@ -144,7 +144,7 @@ func lookup(tx *store.Tx, id string) (*Object, error) {
 	}
 	if o == nil {
 		return nil, fault.New(fault.NotFound, "SubscriptionNotFound", "The subscription '%s' could not be found.", id).
-			WithFix("an Owner at / creates it: POST /keyfleet/v1/subscriptions {\"subscriptionId\":\"%s\"}", id)
+			WithFix("an Owner at / creates it: keyfleet subscription create %s", id)
 	}
 	return o, nil
 }
