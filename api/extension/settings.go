@@ -203,7 +203,7 @@ func (p *settingsParser) whole(v value, low, high int64, unit string) int64 {
 		text = strings.TrimSpace(p.text(v))
 	}
 	f, err := strconv.ParseFloat(text, 64)
-	if err != nil || f != math.Trunc(f) || f < float64(low) || f > float64(high) {
+	if err != nil || strings.Trim(text, "0123456789.+-eE") != "" || f != math.Trunc(f) || f < float64(low) || f > float64(high) {
 		p.problem(v.path, fmt.Sprintf("it is not a whole number of %s between %d and %d", unit, low, high), fmt.Sprintf("write a number from %d to %d, as a number or a string", low, high))
 		return low
 	}

@@ -31,9 +31,38 @@ func (h *Handler) Install() int {
 	return ExitSuccess
 }
 
-// Update prepares the new version; the agent has disabled the old one and
-// enables the new one afterwards. Notes and certificates stay where they are.
-func (h *Handler) Update() int { return h.Install() }
+// updatingName is a mark in the state folder that an update is going on: the
+// old version's uninstall, which is part of it, then leaves the notes alone.
+const updatingName = "updating"
+
+// Update prepares the new version; the agent has disabled the old one, and
+// uninstalls it before it installs and enables the new one. Notes and
+// certificates stay where they are.
+func (h *Handler) Update() int {
+	if code := h.Install(); code != ExitSuccess {
+		return code
+	}
+	err := effect.Do("mark update", func() error {
+		return os.WriteFile(filepath.Join(h.state(), updatingName), []byte(HandlerVersion+"\n"), 0o600)
+	})
+	if err != nil {
+		fmt.Fprintln(h.Out, "marking the update:", err)
+		return ExitFailure
+	}
+	return ExitSuccess
+}
+
+// endUpdate removes the mark of an update.
+func (h *Handler) endUpdate() error {
+	mark := filepath.Join(h.state(), updatingName)
+	if _, err := os.Stat(mark); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := effect.Do("end update", func() error { return os.Remove(mark) }); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("ending the update: %w", err)
+	}
+	return nil
+}
 
 // Enable makes the service run with the newest settings: it starts it,
 // restarts it if settings, binary or environment have changed, and leaves it
@@ -51,6 +80,9 @@ func (h *Handler) Enable() int {
 	}
 	if err := os.MkdirAll(h.state(), 0o700); err != nil {
 		return h.fail(seq, ExitFailure, "Cannot create the state folder: "+err.Error())
+	}
+	if err := h.endUpdate(); err != nil {
+		return h.fail(seq, ExitFailure, "Cannot start Key Vault extension service: "+err.Error())
 	}
 	key, err := serviceKey(h.Executable, string(seq), raw, h.folders.StatusFolder, h.folders.LogFolder,
 		os.Getenv(extension.HintSocketVariable), os.Getenv("SSL_CERT_FILE"), os.Getenv(TimeScaleVariable))
@@ -96,6 +128,10 @@ func (h *Handler) Disable() int {
 func (h *Handler) Uninstall() int {
 	if code := h.Disable(); code != ExitSuccess {
 		return code
+	}
+	if _, err := os.Stat(filepath.Join(h.state(), updatingName)); err == nil {
+		fmt.Fprintln(h.Out, "an update is going on: the notes stay for the new version")
+		return ExitSuccess
 	}
 	err := effect.Do("remove state folder", func() error { return os.RemoveAll(h.state()) })
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -185,7 +185,7 @@ func TestEnableKilledAtEveryEffect(t *testing.T) {
 	vault := keyvaulttest.Start(t)
 	v := vault.Renew(host, secret, keyvaulttest.PEM)
 	points := 0
-	for _, effect := range []string{"stop service", "start service"} {
+	for _, effect := range []string{"end update", "stop service", "start service"} {
 		for _, when := range []string{"before", "after"} {
 			points++
 			n := newNode(t, vault, program)
@@ -193,6 +193,9 @@ func TestEnableKilledAtEveryEffect(t *testing.T) {
 			n.enable()
 			n.delivers(link, v)
 			n.settings(true, "", quoted(urlOf))
+			if code, out := n.command("update"); code != 0 {
+				t.Fatal(out)
+			}
 			code, _ := n.command("enable", "KEYFLEET_KILL_AT="+when+":"+effect, "KEYFLEET_KILL_ONCE="+filepath.Join(n.dir, "once"))
 			if code == 0 {
 				t.Fatalf("enable was not killed %s %q", when, effect)

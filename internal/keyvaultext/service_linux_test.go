@@ -376,6 +376,13 @@ func TestLifeOfTheService(t *testing.T) {
 	if err := second.Wait(); err == nil || n.servicePID() == second.Process.Pid {
 		t.Error("two services ran at a time")
 	}
+	run("update")
+	run("uninstall") // as the old version's, within an update
+	run("install")
+	run("enable")
+	if _, err := os.Stat(filepath.Join(n.dir, "lib", keyvaultext.HandlerName+".state", "updating")); err == nil || n.servicePID() == 0 {
+		t.Error("enable did not end the update")
+	}
 	run("disable")
 	if n.servicePID() != 0 {
 		t.Error("the service still runs after disable")
@@ -486,12 +493,22 @@ func TestUnsafePlacesAreRefused(t *testing.T) {
 	v := vault.Renew(host, secret, keyvaulttest.PEM)
 	cases := []struct{ name, why, want string }{
 		{"writable", "whoever may write to the directory could swap keys", "UnsafeDirectory"},
+		{"foreign", "whoever owns a folder above could swap the directory", "UnsafeDirectory"},
 		{"file", "a plain file under the link's name belongs to someone", "LinkIsFile"},
 		{"planted", "a link planted under the temporary name must not lead the key elsewhere", ""},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
 			n := newNode(t, vault, binary(t, ""))
+			if c.name == "foreign" {
+				if os.Geteuid() != 0 {
+					t.Skip("left out: giving a folder to another user needs root")
+				}
+				home := filepath.Join(n.dir, "home")
+				must(t, os.Mkdir(home, 0o755))
+				must(t, os.Chown(home, 65534, 65534))
+				n.store = filepath.Join(home, "certificates")
+			}
 			must(t, os.Mkdir(n.store, 0o700))
 			victim := filepath.Join(n.dir, "victim")
 			switch c.name {

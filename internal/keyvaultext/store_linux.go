@@ -76,10 +76,11 @@ func (s *certificateStore) prepare(aclEnabled bool) error {
 	if err != nil {
 		return storeFault(path, err, "check the directory")
 	}
-	owner := info.Sys().(*syscall.Stat_t).Uid
-	if owner != 0 && owner != uint32(os.Geteuid()) || info.Mode().Perm()&0o022 != 0 && !hasACL(s.root) {
-		return fault.New(fault.Invalid, "UnsafeDirectory", "The directory %s belongs to user %d with mode %04o, so others than root could replace keys in it.", path, owner, info.Mode().Perm()).
-			WithFix("chown root %s && chmod 0700 %s, or choose another certificateStoreLocation", path, path)
+	if !trusted(info) || info.Mode().Perm()&0o022 != 0 && !hasACL(s.root) {
+		return unsafeDirectory(path, info)
+	}
+	if err := checkParents(path); err != nil {
+		return err
 	}
 	if aclEnabled && len(s.certificate.ACLs) > 0 {
 		if s.acl, s.directory, err = readersACL(s.certificate); err != nil {
@@ -93,6 +94,49 @@ func (s *certificateStore) prepare(aclEnabled bool) error {
 		return storeFault(path, err, "check the directory")
 	}
 	return s.restoreAccess()
+}
+
+// trusted reports whether root or we ourselves own the file. In a user
+// namespace the machine's root has no number and shows as the overflow user.
+func trusted(info fs.FileInfo) bool {
+	const overflow = 65534
+	owner := info.Sys().(*syscall.Stat_t).Uid
+	if owner == overflow {
+		numbers, err := os.ReadFile("/proc/self/uid_map")
+		return err == nil && !slices.Equal(strings.Fields(string(numbers)), []string{"0", "0", "4294967295"})
+	}
+	return owner == 0 || owner == uint32(os.Geteuid())
+}
+
+func unsafeDirectory(path string, info fs.FileInfo) error {
+	return fault.New(fault.Invalid, "UnsafeDirectory", "The directory %s belongs to user %d with mode %04o, so others than root could replace keys in it or lead them elsewhere.",
+		path, info.Sys().(*syscall.Stat_t).Uid, info.Mode().Perm()).
+		WithFix("chown root %s && chmod go-w %s, or choose another certificateStoreLocation", path, path)
+}
+
+// checkParents refuses a path of which someone else could swap a part, as it
+// is written and as it is behind its symbolic links.
+func checkParents(path string) error {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return storeFault(path, err, "check the directory")
+	}
+	for _, p := range []string{path, real} {
+		for at := filepath.Dir(p); ; at = filepath.Dir(at) {
+			info, err := os.Lstat(at)
+			if err != nil {
+				return storeFault(at, err, "check the directory")
+			}
+			writable := info.Mode()&fs.ModeSymlink == 0 && info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0
+			if !trusted(info) || writable {
+				return unsafeDirectory(at, info)
+			}
+			if at == "/" {
+				break
+			}
+		}
+	}
+	return nil
 }
 
 // restoreAccess makes the present file's access what the settings say now.
