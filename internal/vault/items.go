@@ -65,7 +65,7 @@ var itemVersion = regexp.MustCompile(`^[0-9a-f]{32}$`)
 // itemID checks an object's name and returns the store id of its head.
 func itemID(vault, kind, name string) (string, error) {
 	if !itemName.MatchString(name) {
-		return "", fault.New(fault.Invalid, "BadParameter", "The request URI contains an invalid name: %s. A name has 1 to 127 letters, digits and hyphens.", name).At(kind + "-name")
+		return "", fault.New(fault.Invalid, "BadParameter", "The request URI contains an invalid name: %s. A name has 1 to 127 letters, digits and hyphens.", name).At(kind + "-name").WithFix("use another name")
 	}
 	return lower(vault) + "/" + lower(name), nil
 }
