@@ -178,36 +178,55 @@ func (s *keptAlive) stop() {
 	}
 }
 
-// TestEnableKilledAtEveryEffect kills the enable command before and after each
-// of its effects; running it again starts exactly one service with the newest settings.
-func TestEnableKilledAtEveryEffect(t *testing.T) {
+// TestCommandsKilledAtEveryEffect kills each of the handler's commands before
+// and after each of its effects. Running the command again leads to the same
+// end as an undisturbed run: one service with the newest settings, or none.
+func TestCommandsKilledAtEveryEffect(t *testing.T) {
 	program := binary(t, "killpoints")
 	vault := keyvaulttest.Start(t)
 	v := vault.Renew(host, secret, keyvaulttest.PEM)
-	points := 0
-	for _, effect := range []string{"end update", "stop service", "start service"} {
+	cases := []struct {
+		command, effect string
+		services        int
+	}{
+		{"update", "mark update", 1},
+		{"enable", "end update", 1},
+		{"enable", "stop service", 1},
+		{"enable", "start service", 1},
+		{"disable", "stop service", 0},
+		{"uninstall", "stop service", 0},
+		{"uninstall", "remove state folder", 0},
+	}
+	for _, c := range cases {
 		for _, when := range []string{"before", "after"} {
-			points++
 			n := newNode(t, vault, program)
 			n.settings(false, "", quoted(urlOf))
 			n.enable()
 			n.delivers(link, v)
 			n.settings(true, "", quoted(urlOf))
-			if code, out := n.command("update"); code != 0 {
-				t.Fatal(out)
+			if c.effect == "end update" {
+				n.command("update")
 			}
-			code, _ := n.command("enable", "KEYFLEET_KILL_AT="+when+":"+effect, "KEYFLEET_KILL_ONCE="+filepath.Join(n.dir, "once"))
-			if code == 0 {
-				t.Fatalf("enable was not killed %s %q", when, effect)
+			if code, _ := n.command(c.command, "KEYFLEET_KILL_AT="+when+":"+c.effect, "KEYFLEET_KILL_ONCE="+filepath.Join(n.dir, "once")); code == 0 {
+				t.Fatalf("%s was not killed %s %q", c.command, when, c.effect)
 			}
-			n.enable()
-			n.eventually("success", func() bool { return n.status().Status.Status == extension.StatusSuccess })
-			if pids := servicesOf(n); len(pids) != 1 || pids[0] != n.servicePID() {
-				t.Errorf("killed %s %q: services %v, the lock names %d", when, effect, pids, n.servicePID())
+			if code, out := n.command(c.command); code != 0 {
+				t.Fatalf("%s again, after a kill %s %q: %s", c.command, when, c.effect, out)
+			}
+			if c.services == 1 {
+				n.enable()
+				n.eventually("success", func() bool { return n.status().Status.Status == extension.StatusSuccess })
+			}
+			pids := servicesOf(n)
+			if len(pids) != c.services || c.services == 1 && pids[0] != n.servicePID() {
+				t.Errorf("%s killed %s %q: services %v, the lock names %d", c.command, when, c.effect, pids, n.servicePID())
+			}
+			if !strings.Contains(n.target(link), v.ID) {
+				t.Errorf("%s killed %s %q: the certificate is gone", c.command, when, c.effect)
 			}
 		}
 	}
-	t.Logf("covered %d kill points of enable", points)
+	t.Logf("covered %d kill points of the handler's commands", 2*len(cases))
 }
 
 // servicesOf finds the processes that run the node's service, by their arguments.
