@@ -138,7 +138,7 @@ func (s *Service) maySetClientID(ctx context.Context, id arm.ID, clientID string
 	return s.cfg.Gate.Read(ctx, access.Op{Action: actionSetClientID, Resource: id.String(), Detail: clientID})
 }
 
-// TagIdentity replaces the tags of an identity.
+// TagIdentity replaces the tags of an identity; nil leaves them as they are.
 func (s *Service) TagIdentity(ctx context.Context, resourceID string, tags map[string]string) (out *IdentityObject, err error) {
 	id, err := parseIdentityID(resourceID)
 	if err != nil {
@@ -152,7 +152,9 @@ func (s *Service) TagIdentity(ctx context.Context, resourceID string, tags map[s
 		if out, err = lookupIdentity(tx, id); err != nil {
 			return err
 		}
-		out.Spec.Tags = tags
+		if tags != nil {
+			out.Spec.Tags = tags
+		}
 		return Identities.Put(tx, out)
 	})
 	return out, err

@@ -94,7 +94,7 @@ func (s *Service) PutGroup(ctx context.Context, g Group) (out *GroupObject, crea
 	return out, created, err
 }
 
-// TagGroup replaces the tags of a group.
+// TagGroup replaces the tags of a group; nil leaves them as they are.
 func (s *Service) TagGroup(ctx context.Context, subscription, name string, tags map[string]string) (out *GroupObject, err error) {
 	if err := checkTags(tags); err != nil {
 		return nil, err
@@ -107,7 +107,9 @@ func (s *Service) TagGroup(ctx context.Context, subscription, name string, tags 
 		if out, err = lookupGroup(tx, subscription, name); err != nil {
 			return err
 		}
-		out.Spec.Tags = tags
+		if tags != nil {
+			out.Spec.Tags = tags
+		}
 		return Groups.Put(tx, out)
 	})
 	return out, err

@@ -71,15 +71,15 @@ func (s *Service) Register(ctx context.Context, subscription, namespace string, 
 		return p, err
 	}
 	key := strings.ToLower(p.Namespace)
-	if !registered && slices.Contains(always, key) {
-		return p, fault.New(fault.Invalid, "CannotUnregisterProvider", "The provider '%s' cannot be unregistered.", p.Namespace)
-	}
 	op := access.Op{Action: actionProviderRegister, Resource: Scope(subscription), Detail: p.Namespace}
 	if !registered {
 		op.Action = strings.Replace(op.Action, "/register/", "/unregister/", 1)
 	}
 	p.Registered = registered
 	return p, s.cfg.Gate.Change(ctx, s.cfg.Store, op, func(tx *store.Tx) error {
+		if !registered && slices.Contains(always, key) {
+			return fault.New(fault.Invalid, "CannotUnregisterProvider", "The provider '%s' cannot be unregistered.", p.Namespace)
+		}
 		sub, err := lookup(tx, subscription)
 		if err != nil {
 			return err

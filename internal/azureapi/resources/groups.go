@@ -95,9 +95,6 @@ func (s surface) patchGroup(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err := r.DecodeLoose(&body); err != nil {
 		return nil, err
 	}
-	if body.Tags == nil {
-		return s.getGroup(r)
-	}
 	o, err := s.Subscriptions.TagGroup(r.Context(), r.Param("subscription"), r.Param("group"), body.Tags)
 	if err != nil {
 		return nil, err

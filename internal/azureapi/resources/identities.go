@@ -77,9 +77,6 @@ func (s surface) patchIdentity(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err := r.DecodeLoose(&body); err != nil {
 		return nil, err
 	}
-	if body.Tags == nil {
-		return s.getIdentity(r)
-	}
 	o, err := s.Identity.TagIdentity(r.Context(), r.Path(), body.Tags)
 	if err != nil {
 		return nil, err
