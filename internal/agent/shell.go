@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"os/exec"
 	"sync"
@@ -31,8 +30,11 @@ func ServeSession(ctx context.Context, a *Agent, id, kind string) {
 		return
 	}
 	a.cfg.Log.Info("session opened", "session", id)
-	err = serveSession(ctx, stream)
-	a.cfg.Log.Info("session ended", "session", id, slog.Any("error", err))
+	if err := serveSession(ctx, stream); err != nil {
+		a.cfg.Log.Warn("session failed", "session", id, "error", err)
+		return
+	}
+	a.cfg.Log.Info("session ended", "session", id)
 }
 
 // session is the node's end of a session: one goroutine reads frames, one or

@@ -59,6 +59,7 @@ func Init(args []string) int {
 	if probe {
 		return 0
 	}
+	debug.FreeOSMemory() // what building needed is not needed again
 	return supervise(n)
 }
 
