@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -99,10 +101,13 @@ func (w *world) counted(f function) function {
 	}
 }
 
-func (w *world) count() int {
+func (w *world) count() int { return len(w.called()) }
+
+// called returns when Reconcile was called so far.
+func (w *world) called() []time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return len(w.calls)
+	return slices.Clone(w.calls)
 }
 
 func (w *world) insert(id string, want int) {
@@ -178,12 +183,12 @@ func TestStatusIsWrittenOnceAndLeadsToNoFurtherAttempt(t *testing.T) {
 
 func TestFailuresBackOffAndBecomeStalled(t *testing.T) {
 	inBubble(t, func(w *world) {
-		var failing = true
+		var mended atomic.Bool
 		w.insert("a", 1)
 		w.run(reconcile.Controller[spec, status]{
 			GiveUp: 3, Backoff: reconcile.Backoff{Base: time.Second, Cap: 10 * time.Second},
 			Reconciler: w.counted(func(ctx context.Context, s *store.Store, o *thing) (reconcile.Result, error) {
-				if failing {
+				if !mended.Load() {
 					return reconcile.Result{}, fault.New(fault.Unavailable, "NoProvider", "No provider answers.").WithFix("start one")
 				}
 				return settle(ctx, s, o)
@@ -204,16 +209,17 @@ func TestFailuresBackOffAndBecomeStalled(t *testing.T) {
 		}
 		// 1, 2, 4, 8, 10, 10 ... each shortened by at most a quarter.
 		full := []time.Duration{1, 2, 4, 8, 10, 10, 10}
-		for i := 1; i < len(w.calls) && i <= len(full); i++ {
-			gap, limit := w.calls[i]-w.calls[i-1], full[i-1]*time.Second
+		calls := w.called()
+		for i := 1; i < len(calls) && i <= len(full); i++ {
+			gap, limit := calls[i]-calls[i-1], full[i-1]*time.Second
 			if gap > limit || gap < limit*3/4 {
 				t.Errorf("gap %d is %s, expected %s to %s", i, gap, limit*3/4, limit)
 			}
 		}
-		if len(w.calls) < 7 {
-			t.Errorf("only %d attempts in a minute", len(w.calls))
+		if len(calls) < 7 {
+			t.Errorf("only %d attempts in a minute", len(calls))
 		}
-		failing = false
+		mended.Store(true)
 		time.Sleep(11 * time.Second)
 		o = w.get("a")
 		if o.Condition(reconcile.Stalled).Status || !o.Condition(reconcile.Ready).Status || o.Status.Have != 1 {
