@@ -47,7 +47,12 @@ type Config struct {
 	Endpoints Endpoints
 	Routes    []Route
 	Verifier  Verifier
-	Tenant    string                                                                             // tenant id, named in authentication challenges
+	Tenant    string // tenant id, named in authentication challenges
+	// Authorize decides whether the caller may do the row's action on what the
+	// path names. It is asked before a request that changes something is looked
+	// at any further, so that a refusal tells nothing about body or resource. The
+	// domain operation decides again, in its transaction. Nil: only that decides.
+	Authorize func(r *Request, action string) error
 	Log       *slog.Logger                                                                       // nil: slog.Default()
 	Observe   func(surface Surface, method string, status int, took time.Duration, route string) // nil: nothing
 }
@@ -184,7 +189,18 @@ func (a *API) serve(r *http.Request, x *exchange) (*Reply, error) {
 	ctx := access.With(r.Context(), access.Call{Principal: caller, RequestID: x.id, CorrelationID: x.correlation, RemoteAddr: r.RemoteAddr})
 	req := &Request{Request: r.WithContext(ctx), Caller: caller, Version: version, Host: x.host, ID: x.id, path: x.path, endpoints: a.cfg.Endpoints}
 	req.params = x.params()
+	if change := r.Method != http.MethodGet && r.Method != http.MethodHead; change && !public && x.row.Action != Authenticated && a.cfg.Authorize != nil {
+		if err := a.cfg.Authorize(req, x.row.Action); err != nil {
+			return nil, err
+		}
+	}
 	return x.row.Handle(req)
+}
+
+// ByPolicy reports whether the action of a row is decided by a vault's access
+// policies and not by role assignments.
+func ByPolicy(action string) bool {
+	return strings.HasPrefix(action, "secrets/") || strings.HasPrefix(action, "certificates/")
 }
 
 // route finds the row. other is true when the path exists with other methods.

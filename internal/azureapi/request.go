@@ -63,6 +63,23 @@ func (r *Request) Path() string { return strings.TrimRight(r.path, "/") }
 // a trailing slash: for links in answers.
 func (r *Request) BaseURL() string { return "https://" + r.Request.Host + r.Host.prefix }
 
+// Scope is what the path of a management request names, for role decisions:
+// the path itself, since an assignment above a resource is above its verbs too;
+// the scope of an extension resource; "/" for Keyfleet's own that are about no resource.
+func (r *Request) Scope() string {
+	if scope := r.params["scope"]; scope != "" {
+		return scope
+	}
+	own, isOwn := strings.CutPrefix(r.Path(), "/keyfleet/v1")
+	switch {
+	case isOwn && strings.HasPrefix(strings.ToLower(own), "/subscriptions/"):
+		return own
+	case isOwn:
+		return "/"
+	}
+	return r.Path()
+}
+
 // Endpoints returns the server's names.
 func (r *Request) Endpoints() Endpoints { return r.endpoints }
 

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"path/filepath"
+	"strings"
 
 	"keyfleet.dev/keyfleet/api/arm"
 	"keyfleet.dev/keyfleet/internal/access"
@@ -27,7 +28,7 @@ import (
 // build makes the capabilities and the edges, and connects them.
 func (s *Server) build(ctx context.Context) error {
 	gate := access.NewGate(access.Config{Store: s.store, Recorder: s.audit, Principal: identity.RequirePrincipal})
-	s.metrics = newMetrics(s)
+	s.gate, s.metrics = gate, newMetrics(s)
 	if err := s.buildIdentity(ctx, gate); err != nil {
 		return err
 	}
@@ -123,6 +124,7 @@ func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error
 	routes = append(routes, s.ownRoutes()...)
 	s.api, err = azureapi.New(azureapi.Config{
 		Endpoints: s.endpoints, Routes: routes, Verifier: s.identity, Tenant: s.identity.TenantID(), Log: s.log, Observe: s.metrics.observe,
+		Authorize: s.authorize,
 	})
 	return err
 }
@@ -150,4 +152,30 @@ func (s *Server) explain(ctx context.Context, poolID, nodeID string) (any, error
 		return nil, err
 	}
 	return s.fleet.Explain(ctx, id, nodeID)
+}
+
+// authorize decides early for the edge. What it allows the domain operation
+// decides and records again; a refusal is recorded here.
+func (s *Server) authorize(r *azureapi.Request, action string) error {
+	ctx := r.Context()
+	switch {
+	case azureapi.ByPolicy(action) && r.Host.Surface == azureapi.Vault:
+		return s.vaults.Authorize(ctx, r.Host.Name, action, strings.TrimPrefix(r.Path(), "/"))
+	case azureapi.ByPolicy(action): // a vault's item on the management surface: its operation knows more ways to be allowed
+		return nil
+	case r.Host.Surface == azureapi.Batch:
+		account, err := s.fleet.AccountAt(ctx, r.Host.Name, r.Host.Region)
+		if err != nil {
+			return err
+		}
+		return s.authorizeRole(ctx, access.Op{Action: action, Resource: account.String()})
+	}
+	return s.authorizeRole(ctx, access.Op{Action: action, Resource: r.Scope()})
+}
+
+func (s *Server) authorizeRole(ctx context.Context, op access.Op) error {
+	if s.gate.Can(ctx, op) == nil {
+		return nil
+	}
+	return s.gate.Read(ctx, op)
 }

@@ -43,6 +43,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/audit"
 	"keyfleet.dev/keyfleet/internal/azureapi"
 	"keyfleet.dev/keyfleet/internal/fault"
@@ -88,6 +89,7 @@ type Server struct {
 	minter  *minter
 	tls     *tls.Config
 
+	gate          *access.Gate
 	identity      *identity.Service
 	subscriptions *subscription.Service
 	vaults        *vault.Vaults

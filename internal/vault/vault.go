@@ -144,6 +144,21 @@ func (v *Vaults) open(ctx context.Context, name, action, path string) (*vaultObj
 	return nil, e
 }
 
+// Authorize decides whether the caller may do an action on an item of a vault,
+// before an edge looks at the rest of the request. Only a refusal is recorded:
+// the operation itself decides and records again. path is "secrets/web".
+func (v *Vaults) Authorize(ctx context.Context, vault, action, path string) error {
+	vt, err := v.open(ctx, vault, action, path)
+	if err != nil {
+		return err
+	}
+	op := v.op(vt, action, path, "")
+	if v.gate.Can(ctx, op) == nil {
+		return nil
+	}
+	return v.gate.Read(ctx, op)
+}
+
 // read authorises and records a read of the data plane and returns the vault.
 // path is what follows the vault's name: "secrets/web".
 func (v *Vaults) read(ctx context.Context, vault, action, path string) (*vaultObject, error) {
