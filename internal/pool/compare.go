@@ -124,13 +124,16 @@ func (d differ) compare(path string, old, new any) {
 	}
 }
 
-// removed reports an object that is gone by its members, so that the path is exact.
+// removed reports what is gone by its members, so that the path is exact.
 func (d differ) removed(path string, old any) {
-	if m, ok := old.(map[string]any); ok {
-		d.objects(path, m, map[string]any{})
-		return
+	switch v := old.(type) {
+	case map[string]any:
+		d.objects(path, v, map[string]any{})
+	case []any:
+		d.arrays(path, v, nil)
+	default:
+		d.add(path, old, nil)
 	}
-	d.add(path, old, nil)
 }
 
 func (d differ) objects(path string, a, b map[string]any) {

@@ -81,6 +81,7 @@ func (f *Fleet) enrolHost(tx *store.Tx, tok JoinToken, e node.EnrolRequest, now 
 // hostReport notes a host's word and hands it on to the node that it is.
 func (f *Fleet) hostReport(ctx context.Context, id string, r node.StatusReport, now time.Time) error {
 	var nodeID string
+	var obeyed bool
 	err := f.cfg.Store.Update(ctx, func(tx *store.Tx) error {
 		h, err := Hosts.Get(tx, id)
 		if err != nil {
@@ -88,6 +89,7 @@ func (f *Fleet) hostReport(ctx context.Context, id string, r node.StatusReport, 
 		}
 		nodeID = h.Spec.Node
 		done := h.Spec.Order != nil && r.Done == h.Spec.Order.ID
+		obeyed = done
 		if !done && now.Sub(h.Status.LastSeen) < heartbeatEvery {
 			return nil
 		}
@@ -109,7 +111,7 @@ func (f *Fleet) hostReport(ctx context.Context, id string, r node.StatusReport, 
 		return err
 	}
 	f.seen.note(nodeID, now)
-	err = f.nodeReport(ctx, f.cfg.Store, nodeID, r, now)
+	err = f.nodeReport(ctx, nodeID, r, obeyed, now)
 	if fault.KindOf(err) == fault.NotFound {
 		return nil // the node is gone and the host not yet released
 	}

@@ -170,10 +170,13 @@ func (f *Fleet) Report(ctx context.Context, id string, r node.StatusReport) erro
 	} else if h != nil {
 		return f.hostReport(ctx, id, r, now)
 	}
-	return f.nodeReport(ctx, f.cfg.Store, id, r, now)
+	return f.nodeReport(ctx, id, r, false, now)
 }
 
-func (f *Fleet) nodeReport(ctx context.Context, s *store.Store, id string, r node.StatusReport, now time.Time) error {
+// nodeReport stores a node's report. obeyed says that with it the node's host
+// answered an order that needs no other start of the machine.
+func (f *Fleet) nodeReport(ctx context.Context, id string, r node.StatusReport, obeyed bool, now time.Time) error {
+	s := f.cfg.Store
 	trimReport(&r)
 	old, err := Nodes.Lookup(s.View(ctx), id)
 	if err != nil {
@@ -182,7 +185,7 @@ func (f *Fleet) nodeReport(ctx context.Context, s *store.Store, id string, r nod
 	if old == nil {
 		return fault.New(fault.NotFound, "NodeNotFound", "The node %q does not exist.", id)
 	}
-	if sameReport(old.Status.Report, &r) && now.Sub(old.Status.LastSeen) < heartbeatEvery {
+	if !obeyed && sameReport(old.Status.Report, &r) && now.Sub(old.Status.LastSeen) < heartbeatEvery {
 		return nil
 	}
 	return s.Update(ctx, func(tx *store.Tx) error {
@@ -194,8 +197,8 @@ func (f *Fleet) nodeReport(ctx context.Context, s *store.Store, id string, r nod
 			n.Status.RevisionSince = now
 		}
 		n.Status.Report, n.Status.LastSeen = &r, now
-		if r.Done != "" && n.Spec.Order != nil && r.Done == n.Spec.Order.ID && n.Status.Done != r.Done {
-			n.Status.Done = r.Done
+		if obeyed {
+			n.Status.OrderedBoot = "before " + r.BootID
 		}
 		f.settle(tx, n, now)
 		return Nodes.Put(tx, n)

@@ -120,7 +120,7 @@ func validateIdentity(id Identified, facts Facts) []Problem {
 	switch {
 	case assigned && len(id.IDs) == 0:
 		ps = append(ps, missing(pathIdentities, "name at least one user-assigned identity, or write type None"))
-	case !assigned && len(id.IDs) > 0:
+	case !assigned && len(id.IDs) > 0 && len(ps) == 0:
 		ps = append(ps, value("identity.type", `write "type": "UserAssigned"`, "Identities are named, but the type is %q.", id.Type))
 	}
 	for _, key := range sortedKeys(id.IDs) {

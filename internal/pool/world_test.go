@@ -276,19 +276,26 @@ func inBubble(t *testing.T, test func(w *world)) {
 	synctest.Test(t, func(t *testing.T) { test(newWorld(t)) })
 }
 
+// background runs fn until the test ends.
+func (w *world) background(fn func(context.Context) error) {
+	w.t.Helper()
+	ctx, cancel := context.WithCancel(w.t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := fn(ctx); err != nil && !errors.Is(err, context.Canceled) {
+			w.t.Error(err)
+		}
+	}()
+	w.t.Cleanup(func() { cancel(); <-ended })
+}
+
 // control runs both controllers until the test ends.
 func (w *world) control() {
 	w.t.Helper()
-	ctx, cancel := context.WithCancel(w.t.Context())
-	var wg sync.WaitGroup
 	for _, r := range []reconcile.Runnable{w.fleet.PoolController(), w.fleet.NodeController()} {
-		wg.Go(func() {
-			if err := r.Run(ctx, w.store); err != nil && !errors.Is(err, context.Canceled) {
-				w.t.Error(err)
-			}
-		})
+		w.background(func(ctx context.Context) error { return r.Run(ctx, w.store) })
 	}
-	w.t.Cleanup(func() { cancel(); wg.Wait() })
 }
 
 // spec is a pool of count nodes with the Key Vault extension.
