@@ -33,7 +33,9 @@ func TestLifeOfAnExtension(t *testing.T) {
 	dir := filepath.Join(cfg.LibDir, "Test.Pub.Thing-1.0.1")
 	checkFolders(t, cfg, dir)
 
-	s.change(func(g *node.GoalState) { g.Extensions[0].Sequence, g.Extensions[0].Settings = 2, json.RawMessage(`{"a":2}`) })
+	s.change(func(g *node.GoalState) {
+		g.Extensions[0].Sequence, g.Extensions[0].Settings = 2, json.RawMessage(`{"a":2}`)
+	})
 	s.waitReport("sequence 2", func(r node.StatusReport) bool {
 		return len(r.Extensions) == 1 && r.Extensions[0].Sequence == 2 && r.Extensions[0].Status == "success"
 	})

@@ -49,8 +49,7 @@ type instance struct {
 	ext     node.Extension
 	handler *handler // nil until its package is unpacked
 
-	enabled  int // sequence number that was enabled by this run of the agent; -1: none
-	version  string
+	enabled  int // sequence number that this version was enabled with by this run of the agent; -1: none
 	finding  *finding
 	skipped  string    // name of the failed extension because of which it was not started
 	waiting  string    // name of the extension whose success it waits for
@@ -137,11 +136,14 @@ func (a *Agent) adopt(g *node.GoalState) {
 			in = newInstance()
 			a.instances[x.Name] = in
 		}
-		changed := in.ext.Sequence != x.Sequence || in.ext.Version != x.Version || in.ext.Problem != x.Problem
-		in.ext = x
-		if changed { // what failed before may succeed now
+		moved := in.ext.Sequence != x.Sequence || in.ext.Version != x.Version
+		if moved {
+			in.enabled = -1
+		}
+		if moved || in.ext.Problem != x.Problem { // what failed before may succeed now
 			in.finding, in.failures, in.next = nil, 0, time.Time{}
 		}
+		in.ext = x
 	}
 	for name := range a.instances {
 		if !wanted[name] {
@@ -199,7 +201,7 @@ func (a *Agent) due(x node.Extension, now time.Time) (*instance, bool) {
 	if in == nil || !in.next.IsZero() && now.Before(in.next) {
 		return in, false
 	}
-	return in, in.enabled != x.Sequence || in.version != x.Version || in.finding != nil
+	return in, in.enabled != x.Sequence || in.finding != nil
 }
 
 // pass asks the dependencies; false: the extension is not to be started now.
@@ -366,7 +368,7 @@ func (a *Agent) enable(ctx context.Context, h *handler, in *instance, x node.Ext
 		return &finding{code: codeEnable, operation: "Enable", message: err.Error()}
 	}
 	a.mu.Lock()
-	in.handler, in.version = h, x.Version
+	in.handler = h
 	a.mu.Unlock()
 	out := a.run(ctx, h, command{
 		operation: "enable", line: h.commands.EnableCommand, timeout: a.cfg.Timeouts.Enable, env: a.instanceEnv(h, x.Name, x.Sequence),

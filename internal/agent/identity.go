@@ -246,10 +246,12 @@ func checkCA(ca []byte, pin string) error {
 
 // renewAt is when to ask for the next certificate: after half of the life, plus
 // or minus a tenth of it, drawn by spread in [0, 1), so that nodes that enrolled
-// together do not renew together.
+// together do not renew together. The life begins when the certificate was
+// issued; it is valid from a little before.
 func renewAt(cert *x509.Certificate, spread float64) time.Time {
-	life := cert.NotAfter.Sub(cert.NotBefore)
-	return cert.NotBefore.Add(time.Duration(float64(life) * (0.4 + 0.2*spread)))
+	issued := cert.NotBefore.Add(pki.Backdate)
+	life := cert.NotAfter.Sub(issued)
+	return issued.Add(time.Duration(float64(life) * (0.4 + 0.2*spread)))
 }
 
 // retryAfter is how long to wait before the n-th retry (from 0): full jitter
