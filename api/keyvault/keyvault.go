@@ -101,7 +101,7 @@ type CertificatePolicy struct {
 	KeyProps        *KeyProps         `json:"key_props,omitempty"`
 	SecretProps     *SecretProps      `json:"secret_props,omitempty"`
 	X509Props       *X509Props        `json:"x509_props,omitempty"`
-	LifetimeActions []LifetimeAction  `json:"lifetime_actions,omitempty"`
+	LifetimeActions []LifetimeAction  `json:"lifetime_actions,omitzero"`
 	Issuer          *IssuerParameters `json:"issuer,omitempty"`
 	Attributes      *Attributes       `json:"attributes,omitempty"`
 }
@@ -124,8 +124,8 @@ type SecretProps struct {
 type X509Props struct {
 	Subject        *string           `json:"subject,omitempty"`
 	SANs           *AlternativeNames `json:"sans,omitempty"`
-	EKUs           []string          `json:"ekus,omitempty"`
-	KeyUsage       []string          `json:"key_usage,omitempty"`
+	EKUs           []string          `json:"ekus,omitzero"`
+	KeyUsage       []string          `json:"key_usage,omitzero"`
 	ValidityMonths *int              `json:"validity_months,omitempty"`
 }
 

@@ -83,7 +83,8 @@ func EncodePFX(key crypto.Signer, chain [][]byte) ([]byte, error) {
 }
 
 // DecodePFX reads a PKCS#12 file with one key and its chain, leaf first.
-// Errors never contain the input.
+// Errors never contain the input. It is for files from a source that is trusted
+// (a vault): the file itself says how many rounds of key derivation it takes.
 func DecodePFX(data []byte, password string) (crypto.Signer, []*x509.Certificate, error) {
 	if len(data) > maxPFX {
 		return nil, nil, errors.New("reading PKCS#12: it is over 1 MiB")

@@ -366,17 +366,3 @@ func FuzzParsePEM(f *testing.F) {
 		}
 	})
 }
-
-func FuzzDecodePFX(f *testing.F) {
-	ca := newCA(f)
-	pfx, err := EncodePFX(ca.key, [][]byte{ca.Certificate().Raw})
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(pfx)
-	f.Fuzz(func(t *testing.T, in []byte) {
-		if k, c, err := DecodePFX(in, ""); err == nil && (k == nil || len(c) == 0) {
-			t.Error("nothing and no error")
-		}
-	})
-}

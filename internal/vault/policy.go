@@ -68,7 +68,9 @@ func DefaultPolicy() Policy {
 	}
 }
 
-// The key usages by their names in policies (RFC 5280, 4.2.1.3).
+// The key usages by their names in policies (RFC 5280, 4.2.1.3). The two of a CA
+// are accepted, because the default policy of az names them, and left out of the
+// certificate, because verifiers may refuse them on one that is no CA.
 var keyUsages = []struct {
 	name string
 	bit  x509.KeyUsage
@@ -78,8 +80,8 @@ var keyUsages = []struct {
 	{"keyEncipherment", x509.KeyUsageKeyEncipherment},
 	{"dataEncipherment", x509.KeyUsageDataEncipherment},
 	{"keyAgreement", x509.KeyUsageKeyAgreement},
-	{"keyCertSign", x509.KeyUsageCertSign},
-	{"cRLSign", x509.KeyUsageCRLSign},
+	{"keyCertSign", 0},
+	{"cRLSign", 0},
 	{"encipherOnly", x509.KeyUsageEncipherOnly},
 	{"decipherOnly", x509.KeyUsageDecipherOnly},
 }
@@ -204,9 +206,6 @@ func (p *Policy) validateUsages() error {
 				names[j] = u.name
 			}
 			return bad(fmt.Sprintf("x509_props.key_usage[%d]", i), "There is no key usage '%s'. There are: %s.", s, strings.Join(names, ", "))
-		}
-		if s == "keyCertSign" || s == "cRLSign" {
-			return bad(fmt.Sprintf("x509_props.key_usage[%d]", i), "The key usage '%s' belongs to a CA, and certificates of a vault are none.", s).WithFix("leave it out")
 		}
 	}
 	return nil
