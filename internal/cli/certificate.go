@@ -406,7 +406,7 @@ func (t *tool) awaitCertificate(ctx context.Context, v vaultObject, word string)
 			}
 			return false, &cliError{
 				code: orElse(op.str("error.code"), "CertificateFailed"), exit: client.ExitFailed,
-				message: fmt.Sprintf("Certificate %s was not created: %s.", v, orElse(op.str("error.message"), op.str("status"))),
+				message: fmt.Sprintf("Certificate %s was not created: %s.", v, strings.TrimSuffix(orElse(op.str("error.message"), op.str("status")), ".")),
 			}
 		})
 	})
@@ -442,7 +442,7 @@ keyfleet certificate policy prod1 web --renew-days-before 30`, cobra.RangeArgs(1
 		if err != nil {
 			return err
 		}
-		if cmd.LocalNonPersistentFlags().NFlag() > 0 && anyChanged(cmd) {
+		if anyChanged(cmd) {
 			p := o.without("id", "attributes").doc
 			if f.file != "" {
 				p = map[string]any{}
@@ -467,7 +467,12 @@ keyfleet certificate policy prod1 web --renew-days-before 30`, cobra.RangeArgs(1
 				derived("Names", func(object) string { return strings.Join(wrapped.strs("policy.x509_props.sans.dns_names"), ", ") }),
 				derived("Issuer", func(object) string { return wrapped.str("policy.issuer.name") }),
 				derived("Key", func(object) string { return keyWords(wrapped) }),
-				derived("Valid", func(object) string { return wrapped.str("policy.x509_props.validity_months") + " months" }),
+				derived("Valid", func(object) string {
+					if n := wrapped.num("policy.x509_props.validity_months"); n > 0 {
+						return plural(int(n), "month")
+					}
+					return ""
+				}),
 				derived("Renewal", func(object) string { return renewalWords(wrapped) }),
 				derived("Form of the secret", func(object) string { return wrapped.str("policy.secret_props.contentType") }),
 			},

@@ -22,7 +22,7 @@ func Main(ctx context.Context, args []string, s Streams) int {
 	root.SetIn(t.in)
 	root.SetOut(t.out)
 	root.SetErr(t.err)
-	err := root.ExecuteContext(ctx)
+	ran, err := root.ExecuteContextC(ctx)
 	if t.client != nil {
 		t.client.Close()
 	}
@@ -32,6 +32,9 @@ func Main(ctx context.Context, args []string, s Streams) int {
 	var quiet exitStatus
 	if errors.As(err, &quiet) {
 		return int(quiet)
+	}
+	if s := err.Error(); strings.HasPrefix(s, "required flag(s)") || strings.Contains(s, "flags in the group [") {
+		err = usagef("%s", s).withFix("%s --help", ran.CommandPath()) // cobra has no type for these
 	}
 	return t.fail(err)
 }

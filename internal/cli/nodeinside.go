@@ -2,8 +2,12 @@ package cli
 
 import (
 	"context"
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -193,7 +197,7 @@ func (t *tool) nodeJoinToken() *cobra.Command {
 			}})
 		}
 		t.say("Run this as root on the machine. The token counts once, until %s.", t.when(o.time("expires")))
-		_, err = fmt.Fprintln(t.out, clean(joinCommand(o)))
+		_, err = fmt.Fprintln(t.out, clean(t.joinCommand(o)))
 		return err
 	}
 	c.Flags().StringVar(&pool, "pool", "", "pool that the machine joins")
@@ -204,9 +208,30 @@ func (t *tool) nodeJoinToken() *cobra.Command {
 }
 
 // joinCommand is what is typed on the machine. The token is in the environment,
-// where other users do not see it.
-func joinCommand(o object) string {
-	return fmt.Sprintf("KEYFLEET_TOKEN=%s keyfleet-agent join --server %s --ca-hash %s --pool %s", o.str("token"), o.str("server"), o.str("caHash"), o.str("pool"))
+// where other users do not see it; the pin is of the CA that we trust ourselves.
+func (t *tool) joinCommand(o object) string {
+	pin := caPin(t.target.CA)
+	if pin == "" {
+		pin = o.str("caHash")
+	}
+	cmd := fmt.Sprintf("KEYFLEET_TOKEN=%s keyfleet-agent join --server %s --ca-hash %s --pool %s", o.str("token"), o.str("server"), pin, o.str("pool"))
+	if host, _, err := net.SplitHostPort(t.target.Endpoints.Listen); err == nil && !net.ParseIP(host).IsLoopback() {
+		cmd += " --address " + t.target.Endpoints.Listen
+	}
+	return cmd
+}
+
+// caPin is the hash by which an agent recognises the CA: SHA-256 of its public key.
+func caPin(ca string) string {
+	block, _ := pem.Decode([]byte(ca))
+	if block == nil {
+		return ""
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return ""
+	}
+	return fmt.Sprintf("sha256:%x", sha256.Sum256(cert.RawSubjectPublicKeyInfo))
 }
 
 // parsedSettings turns an extension's settings, which the data plane gives as a
