@@ -4,7 +4,6 @@
 //
 //	install, enable, update, disable, uninstall   run by the agent, in the package's folder
 //	run --base DIR --sequence N                   the service
-//	package PATH                                  pack this program as an extension package (zip)
 //	version
 package main
 
@@ -15,6 +14,9 @@ import (
 
 	"keyfleet.dev/keyfleet/internal/keyvaultext"
 )
+
+// version is set by the linker.
+var version = "development"
 
 func main() { os.Exit(dispatch(os.Args[1:])) }
 
@@ -39,10 +41,8 @@ func dispatch(args []string) int {
 	switch args[0] {
 	case "run":
 		return run(args[1:])
-	case "package":
-		return pack(args[1:])
 	case "version":
-		fmt.Println(keyvaultext.HandlerName, keyvaultext.HandlerVersion)
+		fmt.Println("keyfleet-keyvault-extension", version)
 		return keyvaultext.ExitSuccess
 	}
 	return usage()
@@ -64,28 +64,12 @@ func run(args []string) int {
 	return keyvaultext.ExitSuccess
 }
 
-func pack(args []string) int {
-	if len(args) != 1 {
-		return usage()
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return failed(err)
-	}
-	path, err := keyvaultext.WritePackageFile(self, args[0])
-	if err != nil {
-		return failed(err)
-	}
-	fmt.Println(path)
-	return keyvaultext.ExitSuccess
-}
-
 func failed(err error) int {
 	fmt.Fprintln(os.Stderr, "keyfleet-keyvault-extension:", err)
 	return keyvaultext.ExitFailure
 }
 
 func usage() int {
-	fmt.Fprintln(os.Stderr, "usage: keyfleet-keyvault-extension install | enable | update | disable | uninstall | run --base DIR [--sequence N] | package PATH | version")
+	fmt.Fprintln(os.Stderr, "usage: keyfleet-keyvault-extension install | enable | update | disable | uninstall | run --base DIR [--sequence N] | version")
 	return keyvaultext.ExitUsage
 }

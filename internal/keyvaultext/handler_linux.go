@@ -27,7 +27,7 @@ func (h *Handler) Install() int {
 		fmt.Fprintln(h.Out, "creating log folder:", err)
 		return ExitFailure
 	}
-	fmt.Fprintln(h.Out, HandlerName, HandlerVersion, "is installed")
+	fmt.Fprintln(h.Out, filepath.Base(h.Base), "is installed")
 	return ExitSuccess
 }
 
@@ -43,7 +43,7 @@ func (h *Handler) Update() int {
 		return code
 	}
 	err := effect.Do("mark update", func() error {
-		return os.WriteFile(filepath.Join(h.state(), updatingName), []byte(HandlerVersion+"\n"), 0o600)
+		return os.WriteFile(filepath.Join(h.state(), updatingName), []byte(filepath.Base(h.Base)+"\n"), 0o600)
 	})
 	if err != nil {
 		fmt.Fprintln(h.Out, "marking the update:", err)
@@ -183,7 +183,7 @@ func Run(o RunOptions) error {
 	log, file := newLogger(h.logFolder())
 	defer file.Close()
 	return Service{
-		Settings: settings, StatusFile: h.statusFile(sequence(o.Sequence)), State: h.state(),
+		Settings: settings, Package: filepath.Base(h.Base), StatusFile: h.statusFile(sequence(o.Sequence)), State: h.state(),
 		HintSocket: os.Getenv(extension.HintSocketVariable), Timing: TimingFromEnvironment(), Log: log, Ready: ready,
 	}.Run(ctx)
 }

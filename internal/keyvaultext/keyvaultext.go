@@ -28,11 +28,8 @@ import (
 	"time"
 )
 
-// The handler's published name and version.
-const (
-	HandlerName    = "Microsoft.Azure.KeyVault.KeyVaultForLinux"
-	HandlerVersion = "3.0.1"
-)
+// HandlerName is the handler's published name, PUBLISHER.TYPE.
+const HandlerName = "Microsoft.Azure.KeyVault.KeyVaultForLinux"
 
 // TimeScaleVariable names an environment variable that multiplies waiting
 // times (not network timeouts), for tests.

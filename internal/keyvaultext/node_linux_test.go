@@ -84,7 +84,7 @@ func newNode(t testing.TB, vault *keyvaulttest.Server, program string) *node {
 	t.Helper()
 	dir := t.TempDir()
 	n := &node{
-		t: t, dir: dir, base: filepath.Join(dir, "lib", keyvaultext.HandlerName+"-"+keyvaultext.HandlerVersion),
+		t: t, dir: dir, base: filepath.Join(dir, "lib", keyvaultext.HandlerName+"-3.0.1"),
 		store: filepath.Join(dir, "store"), vault: vault,
 		env: append(vault.Environment(), "PATH=/usr/bin:/bin", keyvaultext.TimeScaleVariable+"=0.02", "TMPDIR="+dir),
 	}

@@ -24,6 +24,7 @@ type Service struct {
 	Settings   extension.KeyVaultSettings
 	StatusFile string       // absolute path of N.status
 	State      string       // folder of the service's own notes, which must exist
+	Package    string       // NAME-VERSION of the installed package, for the log
 	HintSocket string       // empty: polling only
 	Timing     Timing       // usually DefaultTiming
 	Log        *slog.Logger // required
@@ -141,7 +142,7 @@ func (s Service) begin() (*running, error) {
 			r.all[i].hook = &note
 		}
 	}
-	s.Log.Info("polling started", "handler", HandlerName, "version", HandlerVersion, "certificates", n, "pollingInterval", r.interval, "requireInitialSync", s.Settings.RequireInitialSync)
+	s.Log.Info("polling started", "package", s.Package, "certificates", n, "pollingInterval", r.interval, "requireInitialSync", s.Settings.RequireInitialSync)
 	return r, nil
 }
 

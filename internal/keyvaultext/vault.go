@@ -156,7 +156,7 @@ func (v *vaultClient) request(ctx context.Context, c extension.ObservedCertifica
 	if bearer != (secret{}) {
 		req.Header.Set("Authorization", "Bearer "+bearer.reveal())
 	}
-	req.Header.Set("User-Agent", "keyfleet-keyvault-extension/"+HandlerVersion)
+	req.Header.Set("User-Agent", "keyfleet-keyvault-extension")
 	resp, err := v.client().Do(req)
 	if err != nil {
 		return nil, nil, unreachable(err, c)
