@@ -143,10 +143,11 @@ type Substatus struct {
 // Certificate is a certificate that the agent found delivered by an extension
 // that reports it (Keyfleet's hint protocol); other extensions report none.
 type Certificate struct {
-	Secret  string    `json:"secret"`  // the observed secret URL, as in the settings
-	Version string    `json:"version"` // delivered version
-	Path    string    `json:"path"`    // link that consumers read
-	Since   time.Time `json:"since"`   // when the link was switched
+	Secret  string    `json:"secret"`            // the observed secret URL, as in the settings
+	Version string    `json:"version"`           // delivered version
+	Path    string    `json:"path"`              // link that consumers read
+	Since   time.Time `json:"since"`             // when the link was switched
+	Problem string    `json:"problem,omitempty"` // why the last fetch failed; Version may be empty then
 }
 
 // TokenRequest asks for a token of one of the pool's identities.

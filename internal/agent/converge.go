@@ -58,7 +58,7 @@ type instance struct {
 	next     time.Time // when a failed step is tried again
 
 	file  seenStatus                  // what the status file says
-	certs map[string]node.Certificate // delivered, by secret
+	certs map[string]node.Certificate // what the extension said it delivered, by secret and path
 }
 
 func newInstance() *instance {

@@ -14,22 +14,25 @@ import (
 	"keyfleet.dev/keyfleet/internal/effect"
 )
 
-// delivered takes an extension's word that a certificate is on disk. It is
-// reported, and remembered, so that a released host can be wiped of it.
+// delivered takes an extension's word that a certificate is on disk, or why
+// not. It is reported, and the place is remembered, so that a released host
+// can be wiped of it.
 func (a *Agent) delivered(name string, d extension.Delivery) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	in := a.instances[name]
-	if in == nil || d.Version == "" || len(in.certs) >= maxCertificate && in.certs[d.Secret].Secret == "" {
+	if in == nil || d.Version == "" && d.Problem == "" {
 		return
 	}
-	c := node.Certificate{Secret: d.Secret, Version: d.Version, Path: d.Path, Since: d.Since}
-	if in.certs[d.Secret] == c {
+	key := d.Secret + "\n" + d.Path // one secret may be delivered to several places
+	old, known := in.certs[key]
+	c := node.Certificate{Secret: d.Secret, Version: d.Version, Path: d.Path, Since: d.Since, Problem: d.Problem}
+	if old == c || !known && len(in.certs) >= maxCertificate {
 		return
 	}
-	in.certs[d.Secret] = c
+	in.certs[key] = c
 	signal(a.news)
-	if filepath.IsAbs(c.Path) && !slices.Contains(a.links, c.Path) {
+	if c.Version != "" && filepath.IsAbs(c.Path) && !slices.Contains(a.links, c.Path) {
 		a.links = append(a.links, c.Path)
 		if err := a.keepLinks(); err != nil {
 			a.cfg.Log.Error("delivered certificates could not be remembered", "error", err)

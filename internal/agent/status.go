@@ -220,7 +220,7 @@ func (a *Agent) statusOf(x node.Extension, now time.Time) node.ExtensionStatus {
 	for _, c := range in.certs {
 		s.Certificates = append(s.Certificates, c)
 	}
-	slices.SortFunc(s.Certificates, func(x, y node.Certificate) int { return strings.Compare(x.Secret, y.Secret) })
+	slices.SortFunc(s.Certificates, func(x, y node.Certificate) int { return strings.Compare(x.Secret+"\n"+x.Path, y.Secret+"\n"+y.Path) })
 	switch {
 	case in.finding != nil:
 		s.Status, s.Code, s.Operation, s.Message = extension.StatusError, in.finding.code, in.finding.operation, in.finding.message
