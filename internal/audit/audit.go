@@ -143,8 +143,10 @@ func (l *Log) InTx(tx *store.Tx, r access.Record) error {
 // Head returns the end of the chain as it is on disk.
 func (l *Log) Head(ctx context.Context) (Head, error) {
 	q := &request{}
-	err := l.do(ctx, q)
-	return q.head, err
+	if err := l.do(ctx, q); err != nil {
+		return Head{}, err // the writer may still be at q
+	}
+	return q.head, nil
 }
 
 func (l *Log) do(ctx context.Context, q *request) error {
