@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"syscall"
@@ -179,7 +180,7 @@ func Run(o RunOptions) error {
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer runtime.KeepAlive(lock) // the lock ends with the process, not before: who gets it next must be alone
 	log, file := newLogger(h.logFolder())
 	defer file.Close()
 	return Service{
