@@ -199,22 +199,23 @@ func (d differ) byName(path string, a, b []any) {
 		s, _ := m["name"].(string)
 		return strings.ToLower(s)
 	}
-	old := map[string]any{}
+	old := map[string][]any{} // in order, for a name may stand there twice
 	for _, v := range a {
-		old[name(v)] = v
+		old[name(v)] = append(old[name(v)], v)
 	}
 	for i, v := range b {
 		at := path + "[" + strconv.Itoa(i) + "]"
-		if o, ok := old[name(v)]; ok {
-			d.compare(at, o, v)
-			delete(old, name(v))
+		if o := old[name(v)]; len(o) > 0 {
+			d.compare(at, o[0], v)
+			old[name(v)] = o[1:]
 			continue
 		}
 		d.add(at, nil, v)
 	}
-	for i, v := range a {
-		if _, gone := old[name(v)]; gone {
+	for i, v := range slices.Backward(a) { // what is left over of a name is its last
+		if o := old[name(v)]; len(o) > 0 {
 			d.add(path+"["+strconv.Itoa(i)+"]", v, nil)
+			old[name(v)] = o[:len(o)-1]
 		}
 	}
 }
