@@ -104,8 +104,9 @@ func (t *tool) deliver(o object, s secretOut, format string, args ...any) error 
 		}
 		o = o.without("secretText")
 	}
-	vw := t.applicationView()
-	vw.columns = append(vw.columns, only(field("Secret id", "keyId"), field("Client secret", "secretText"))...)
+	vw := view[object]{name: func(o object) string { return orElse(o.str("appId"), o.str("keyId")) }, columns: []column[object]{
+		field("Name", "displayName"), field("Client id", "appId"), field("Object id", "id"), field("Secret id", "keyId"), field("Client secret", "secretText"),
+	}}
 	if s.reveal || t.form() != "table" {
 		return one(t, o, vw)
 	}

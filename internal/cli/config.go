@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"sort"
-	"strings"
 
 	"sigs.k8s.io/yaml"
 
@@ -247,16 +246,26 @@ func (t *tool) connect(ctx context.Context) (*client.Client, error) {
 	return c, nil
 }
 
-// subscription is the subscription of this run; connect must have succeeded.
-func (t *tool) subscription() (string, error) {
-	if t.target.Subscription == "" {
-		return "", usagef("no subscription is named").withFix("add --subscription ID, or keyfleet context set --subscription ID")
+// subscription is the subscription of this run: the flag's, the context's, or
+// the only one that the caller sees. connect must have succeeded.
+func (t *tool) subscription(ctx context.Context) (string, error) {
+	if t.target.Subscription != "" {
+		return t.target.Subscription, nil
 	}
-	return t.target.Subscription, nil
-}
-
-// sameHost reports whether a URL is under a host suffix, ports ignored.
-func sameHost(host, suffix string) bool {
-	strip := func(s string) string { s, _, _ = strings.Cut(strings.ToLower(s), ":"); return s }
-	return strings.HasSuffix(strip(host), "."+strip(suffix))
+	subs, err := t.client.Subscriptions(ctx)
+	if err != nil {
+		return "", err
+	}
+	switch len(subs) {
+	case 0:
+		return "", &cliError{
+			code: "NoSubscription", message: "You see no subscription: nothing was granted to you yet.", exit: client.ExitDenied,
+			fix: "an Owner types: keyfleet role assign --object-id OID --role Reader",
+		}
+	case 1:
+		t.target.Subscription = subs[0].SubscriptionID
+		return subs[0].SubscriptionID, nil
+	}
+	return "", usagef("you see %d subscriptions; which one?", len(subs)).
+		withFix("add --subscription ID, or keyfleet context set --subscription ID")
 }

@@ -213,7 +213,8 @@ func (d *double) token(w http.ResponseWriter, body []byte) {
 }
 
 // The commands of scripts. "double FILE" starts a server and puts its data
-// directory into $DATA; "requests" prints what it was asked.
+// directory into $DATA; "requests" prints what it was asked and forgets it;
+// "asked WORDS" waits until it was asked something.
 type doubles struct {
 	mu sync.Mutex
 	of map[string]*double // by the script's directory
@@ -223,6 +224,7 @@ func (ds *doubles) commands() map[string]func(ts *testscript.TestScript, neg boo
 	return map[string]func(ts *testscript.TestScript, neg bool, args []string){
 		"double":   ds.start,
 		"requests": ds.requests,
+		"asked":    ds.asked,
 		"mode":     mode,
 	}
 }
@@ -247,6 +249,28 @@ func (ds *doubles) requests(ts *testscript.TestScript, _ bool, _ []string) {
 	defer d.mu.Unlock()
 	fmt.Fprintln(ts.Stdout(), strings.Join(d.asked, "\n"))
 	d.asked = nil
+}
+
+// asked WORDS waits until a request that holds the words has come.
+func (ds *doubles) asked(ts *testscript.TestScript, _ bool, args []string) {
+	ds.mu.Lock()
+	d := ds.of[ts.MkAbs(".")]
+	ds.mu.Unlock()
+	words := strings.Join(args, " ")
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		d.mu.Lock()
+		for _, line := range d.asked {
+			if strings.Contains(line, words) {
+				d.mu.Unlock()
+				return
+			}
+		}
+		d.mu.Unlock()
+		if time.Now().After(deadline) {
+			ts.Fatalf("nobody asked for %q", words)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // mode FILE PERM checks a file's permissions.

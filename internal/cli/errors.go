@@ -100,7 +100,8 @@ func reportOfServer(e *client.Error) report {
 	}
 	for _, d := range e.Details {
 		switch {
-		case d.Message == "" || d.Message == e.Message:
+		case d.Message == "", strings.HasPrefix(d.Message, strings.TrimSuffix(e.Message, ".")) && (d.Target == "" || d.Target == e.Target):
+			// said already
 		case d.Target != "":
 			r.Why = append(r.Why, d.Target+": "+d.Message)
 		case d.Code == "" || strings.EqualFold(d.Code, "Reason"):

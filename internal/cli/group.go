@@ -77,7 +77,7 @@ func (t *tool) groupCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			sub, err := t.subscription()
+			sub, err := t.subscription(ctx)
 			if err != nil {
 				return err
 			}
@@ -107,7 +107,7 @@ func (t *tool) groupURL(ctx context.Context, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return "", err
 	}

@@ -214,7 +214,7 @@ func (t *tool) find(ctx context.Context, provider, typ, what, name, version stri
 	if err != nil {
 		return object{}, err
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return object{}, err
 	}
@@ -250,7 +250,7 @@ func (t *tool) listResources(ctx context.Context, provider, typ, version string)
 	if err != nil {
 		return nil, err
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -268,7 +268,7 @@ func (t *tool) newResource(ctx context.Context, location, provider, typ, name st
 	if err != nil {
 		return "", "", err
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return "", "", err
 	}
@@ -292,7 +292,7 @@ func (t *tool) createGroup(ctx context.Context) (string, error) {
 	if t.target.Group != "" {
 		return t.target.Group, nil
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return "", err
 	}

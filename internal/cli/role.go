@@ -35,7 +35,7 @@ func (t *tool) definitions(ctx context.Context) ([]object, error) {
 	if err != nil {
 		return nil, err
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -97,7 +97,7 @@ keyfleet role assign --identity pool-id --role Reader`, cobra.NoArgs, func(ctx c
 		if err != nil {
 			return err
 		}
-		at, err := t.scope(scope)
+		at, err := t.scope(ctx, scope)
 		if err != nil {
 			return err
 		}
@@ -125,11 +125,11 @@ keyfleet role assign --identity pool-id --role Reader`, cobra.NoArgs, func(ctx c
 }
 
 // scope is the scope that flags name; connect must have succeeded.
-func (t *tool) scope(scope string) (string, error) {
+func (t *tool) scope(ctx context.Context, scope string) (string, error) {
 	if scope != "" {
 		return scope, nil
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -152,7 +152,7 @@ func (t *tool) assignments(ctx context.Context, scope, principal string) ([]obje
 	if err != nil {
 		return nil, err
 	}
-	at, err := t.scope(scope)
+	at, err := t.scope(ctx, scope)
 	if err != nil {
 		return nil, err
 	}
@@ -197,7 +197,7 @@ func (t *tool) roleRemove() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		at, err := t.scope(scope)
+		at, err := t.scope(ctx, scope)
 		if err != nil {
 			return err
 		}

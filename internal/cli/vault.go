@@ -9,7 +9,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"keyfleet.dev/keyfleet/api/arm"
 	"keyfleet.dev/keyfleet/client"
 )
 
@@ -139,7 +138,7 @@ func (t *tool) deletedVaults(ctx context.Context) ([]object, error) {
 	if err != nil {
 		return nil, err
 	}
-	sub, err := t.subscription()
+	sub, err := t.subscription(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -179,8 +178,8 @@ func (t *tool) vaultRecover() *cobra.Command {
 				return err
 			}
 			body := map[string]any{"location": d.str("properties.location"), "properties": map[string]any{
-				"createMode": "recover", "tenantId": t.target.Tenant, "sku": map[string]string{"family": "A", "name": "standard"}, "accessPolicies": []any{},
-			}}
+				"createMode": "recover", "tenantId": t.target.Tenant, "sku": map[string]string{"family": "A", "name": "standard"},
+			}} // without accessPolicies: the vault comes back with its own
 			o, err := t.call(ctx, request(http.MethodPut, t.client.ARM(d.str("properties.vaultId")), client.VersionVaults, body))
 			if err != nil {
 				return err
@@ -200,7 +199,7 @@ func (t *tool) vaultPurge() *cobra.Command {
 			if err := t.confirm(yes, "Vault %s and everything in it will be destroyed", args[0]); err != nil {
 				return err
 			}
-			sub, err := t.subscription()
+			sub, err := t.subscription(ctx)
 			if err != nil {
 				return err
 			}
@@ -443,11 +442,4 @@ func (t *tool) self(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return c.ObjectID(ctx)
-}
-
-// sameID reports whether two resource ids name the same thing.
-func sameID(a, b string) bool {
-	x, err1 := arm.ParseID(a)
-	y, err2 := arm.ParseID(b)
-	return err1 == nil && err2 == nil && x.Key() == y.Key()
 }
