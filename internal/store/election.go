@@ -22,9 +22,7 @@ func (m *Memory) Campaign(ctx context.Context) (fence Fence, lost <-chan struct{
 	gone := make(chan struct{})
 	go func() { // ends when the key changes, the backend is closed, or with resign
 		defer close(gone)
-		for range m.Watch(watching, leaderKey, rev) {
-			return
-		}
+		<-m.Watch(watching, leaderKey, rev)
 	}()
 	resign = sync.OnceFunc(func() {
 		stop()
@@ -57,11 +55,12 @@ func (m *Memory) acquire(ctx context.Context) (int64, error) {
 func (m *Memory) awaitChange(ctx context.Context, after int64) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	for b := range m.Watch(ctx, leaderKey, after) {
-		if errors.Is(b.Err, ErrCompacted) {
-			return nil
-		}
-		return b.Err
+	b, ok := <-m.Watch(ctx, leaderKey, after)
+	if !ok {
+		return ctx.Err()
 	}
-	return ctx.Err()
+	if errors.Is(b.Err, ErrCompacted) {
+		return nil // something has changed, that is all we ask
+	}
+	return b.Err
 }

@@ -141,7 +141,7 @@ type Store struct {
 const IncarnationKey = "/meta/incarnation"
 
 // New opens a store on a backend. On a new backend it writes the incarnation,
-// a random name that a restore changes, so that an ETag from before the
+// a random name that a backup leaves out, so that an ETag from before the
 // restore never matches after it.
 func New(ctx context.Context, b Backend) (*Store, error) {
 	s := &Store{backend: b}
@@ -159,15 +159,6 @@ func New(ctx context.Context, b Backend) (*Store, error) {
 		return nil
 	})
 	return s, err
-}
-
-// Renew gives the store a new incarnation; a restore calls it.
-func (s *Store) Renew(ctx context.Context) error {
-	return s.Update(ctx, func(tx *Tx) error {
-		s.incarnation = newID()[:8]
-		tx.put(IncarnationKey, []byte(s.incarnation), 0)
-		return nil
-	})
 }
 
 // Incarnation names this life of the store; ETags contain it.

@@ -117,16 +117,13 @@ func testCompacted(t *testing.T, b store.Backend) {
 	}
 	forget(t, b)
 	watch := b.Watch(deadline(t), "/t/", old)
-	for batch := range watch {
-		if !errors.Is(batch.Err, store.ErrCompacted) {
-			t.Fatalf("batch %+v, expected ErrCompacted", batch)
-		}
-		if _, more := <-watch; more {
-			t.Error("a batch after the one with Err")
-		}
-		return
+	batch, ok := <-watch
+	if !ok || !errors.Is(batch.Err, store.ErrCompacted) {
+		t.Fatalf("batch %+v, channel open %t, expected ErrCompacted", batch, ok)
 	}
-	t.Fatal("the watch ended without ErrCompacted")
+	if _, more := <-watch; more {
+		t.Error("a batch after the one with Err")
+	}
 }
 
 type note struct {
