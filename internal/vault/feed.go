@@ -225,16 +225,24 @@ type Renewal struct {
 	NextAttempt time.Time // zero: when the policy changes
 }
 
-// Certificates lists how all certificates stand. It is for the server's own
-// metrics: it holds names and dates only, and is not recorded.
+// Certificates lists how all certificates in use stand. It is for the server's
+// own metrics: it holds names and dates only, and is not recorded.
 func (v *Vaults) Certificates(ctx context.Context) ([]Renewal, error) {
+	open, err := v.list(ctx, func(vt *Vault) bool { return vt.Deleted == nil })
+	if err != nil {
+		return nil, err
+	}
+	inUse := make(map[string]bool, len(open))
+	for _, vt := range open {
+		inUse[lower(vt.Name)] = true
+	}
 	list, err := certificates.List(v.store.View(ctx), "")
 	if err != nil {
 		return nil, err
 	}
 	out := make([]Renewal, 0, len(list))
 	for _, o := range list {
-		if o.Spec.Deleted == nil {
+		if vault, _ := splitID(o.ID); o.Spec.Deleted == nil && inUse[vault] {
 			out = append(out, renewalOf(o))
 		}
 	}

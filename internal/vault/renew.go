@@ -113,10 +113,11 @@ func (r certificateReconciler) Reconcile(ctx context.Context, s *store.Store, ob
 		return reconcile.Result{}, err
 	}
 	if err := r.v.issue(ctx, s, obj); err != nil {
-		return r.failed(do, obj, err)
+		if err := r.failed(do, obj, err); err != nil {
+			return reconcile.Result{}, err
+		}
 	}
-	policyNow, err = r.v.policyNow(ctx)
-	if err != nil {
+	if policyNow, err = r.v.policyNow(ctx); err != nil {
 		return reconcile.Result{}, err
 	}
 	_, after = decide(&obj.Spec, &obj.Status, r.v.cfg.Now(), policyNow)
@@ -124,10 +125,11 @@ func (r certificateReconciler) Reconcile(ctx context.Context, s *store.Store, ob
 }
 
 // failed makes a failure visible. A request that can never succeed ends as
-// failed; everything else is tried again, and its conditions say when.
-func (r certificateReconciler) failed(do todo, obj *certificateObject, err error) (reconcile.Result, error) {
+// failed, and nil is returned; everything else is tried again, and the
+// certificate's conditions say when.
+func (r certificateReconciler) failed(do todo, obj *certificateObject, err error) error {
 	if do != toIssue || errors.Is(err, store.ErrFenced) {
-		return reconcile.Result{}, err
+		return err
 	}
 	f := fault.From(err)
 	op := &obj.Status.Operation
@@ -137,11 +139,11 @@ func (r certificateReconciler) failed(do todo, obj *certificateObject, err error
 	}
 	if f.Kind != fault.Invalid {
 		op.Details = "The last attempt failed; it is tried again."
-		return reconcile.Result{}, err
+		return err
 	}
 	op.Status, op.Ended, op.Details = Failed, r.v.now(), ""
 	r.v.cfg.Log.Warn("a certificate request failed", "certificate", obj.ID, "error", err)
-	return reconcile.Result{}, nil
+	return nil
 }
 
 // clockMoved looks at all certificates when policy time was moved.

@@ -108,6 +108,8 @@ func writableSecret(tx *store.Tx, id, name string) (*secretHead, error) {
 	switch {
 	case err != nil:
 		return nil, err
+	case cert != nil && cert.Spec.Deleted != nil:
+		return nil, inTheWay("certificate", cert.Spec.Name, cert.Spec.Purging)
 	case cert != nil || (h != nil && h.Spec.Managed):
 		return nil, fault.New(fault.Denied, "Forbidden", "The secret %s belongs to the certificate of the same name and cannot be set.", name).
 			WithInner("ForbiddenByPolicy").WithFix("create a new version of the certificate, or use another name")

@@ -387,9 +387,104 @@ func TestRequestThatCannotSucceedFails(t *testing.T) {
 			t.Errorf("with includePending: %d, %v", len(list), err)
 		}
 		e.issuer = nil
-		if c = e.create("web", testPolicy(), nil); c.Operation.Status != Completed {
+		soon := testPolicy()
+		soon.Actions[0].Trigger.LifetimePercentage = 2 // of a month: 15 hours
+		if c = e.create("web", soon, nil); c.Operation.Status != Completed {
 			t.Errorf("the next request is %+v", c.Operation)
 		}
+		// A failed request for one more version does not stop the renewals.
+		refuse := func(context.Context, pki.Template, crypto.PublicKey) ([][]byte, error) {
+			return nil, fault.New(fault.Invalid, "NameNotAllowed", "Not this name.")
+		}
+		e.issuer = refuse
+		if c = e.create("web", soon, nil); c.Operation.Status != Failed {
+			t.Errorf("the refused request is %+v", c.Operation)
+		}
+		e.issuer = nil
+		time.Sleep(16 * time.Hour)
+		synctest.Wait()
+		if n := len(e.versions("web")); n != 2 {
+			t.Errorf("there are %d versions, want the first and its renewal", n)
+		}
+	})
+}
+
+func TestDeletedCertificate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		defer e.run()()
+		v, c := e.vaults, e.create("web", testPolicy(), nil)
+		_, err := v.SetSecret(e.owner, "prod1", "web", NewSecret("x"), Change{})
+		e.refused("setting a certificate's secret", err, fault.Denied, "ForbiddenByPolicy")
+		_, err = v.UpdateSecret(e.owner, "prod1", "web", "", Change{Enabled: ptr(false)})
+		e.refused("changing a certificate's secret", err, fault.Denied, "ForbiddenByPolicy")
+		_, err = v.DeleteSecret(e.owner, "prod1", "web")
+		e.refused("deleting a certificate's secret", err, fault.Denied, "ForbiddenByPolicy")
+		_, err = v.UpdateCertificate(e.owner, "prod1", "web", "", Change{Enabled: ptr(false)}, nil)
+		e.ok(err)
+		_, err = v.Secret(e.owner, "prod1", "web", c.Version, "")
+		e.refused("the secret of a disabled certificate", err, fault.Denied, "SecretDisabled")
+		if list, err := v.Certificates(e.owner); err != nil || len(list) != 1 || list[0].Version != c.Version || list[0].Next.IsZero() {
+			t.Errorf("the list for metrics: %+v, %v", list, err)
+		}
+
+		_, err = v.DeleteCertificate(e.owner, "prod1", "web")
+		e.ok(err)
+		_, err = v.Secret(e.owner, "prod1", "web", c.Version, "")
+		e.refused("the secret of a deleted certificate", err, fault.NotFound, "SecretNotFound")
+		_, err = v.SetSecret(e.owner, "prod1", "web", NewSecret("x"), Change{})
+		e.refused("a secret of its name", err, fault.Conflict, "ObjectIsDeletedButRecoverable")
+		_, err = v.CreateCertificate(e.owner, "prod1", "web", testPolicy(), Change{})
+		e.refused("a certificate of its name", err, fault.Conflict, "ObjectIsDeletedButRecoverable")
+		_, err = v.RecoverSecret(e.owner, "prod1", "web")
+		e.refused("recovering the secret alone", err, fault.Denied, "ForbiddenByPolicy")
+		e.refused("purging the secret alone", v.PurgeSecret(e.owner, "prod1", "web"), fault.Denied, "ForbiddenByPolicy")
+		if list, err := v.Certificates(e.owner); err != nil || len(list) != 0 {
+			t.Errorf("the list for metrics: %+v, %v", list, err)
+		}
+		e.ok(v.PurgeCertificate(e.owner, "prod1", "web"))
+		e.gone("prod1/web")
+		if c := e.create("web", testPolicy(), nil); c.Operation.Status != Completed {
+			t.Errorf("the name after a purge: %+v", c.Operation)
+		}
+	})
+}
+
+// TestRetentionEndsInRealTime: what is deleted goes by itself after the
+// retention of its vault, and not because policy time was moved.
+func TestRetentionEndsInRealTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		defer e.run()()
+		e.putVault("short", VaultSpec{RetentionDays: ptr(7), Policies: &[]access.Policy{{Tenant: tenant, ObjectID: "owner", Secrets: []string{"all"}}}})
+		for _, vault := range []string{"short", "prod1"} {
+			_, err := e.vaults.SetSecret(e.owner, vault, "s", NewSecret("x"), Change{})
+			e.ok(err)
+			_, err = e.vaults.DeleteSecret(e.owner, vault, "s")
+			e.ok(err)
+		}
+		e.create("web", testPolicy(), nil)
+		_, _, err := e.clock.Advance(e.owner, 20*24*time.Hour)
+		e.ok(err)
+		time.Sleep(7*24*time.Hour - time.Minute)
+		synctest.Wait()
+		if list, _, err := e.vaults.DeletedSecrets(e.owner, "short", Page{}); err != nil || len(list) != 1 {
+			t.Errorf("a minute before the end: %d, %v", len(list), err)
+		}
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		e.gone("short/")
+		if list, _, err := e.vaults.DeletedSecrets(e.owner, "prod1", Page{}); err != nil || len(list) != 1 {
+			t.Errorf("with 90 days of retention: %d, %v", len(list), err)
+		}
+		if n := e.journal.count("secrets/purge", "allowed"); n != 1 {
+			t.Errorf("%d purges are on record", n)
+		}
+		_, err = e.vaults.DeleteVault(e.owner, vaultID("short"))
+		e.ok(err)
+		time.Sleep(8 * 24 * time.Hour)
+		synctest.Wait()
+		e.putVault("short", VaultSpec{})
 	})
 }
 
