@@ -99,15 +99,16 @@ func assignmentFilter(s string) (access.AssignmentFilter, error) {
 	var f access.AssignmentFilter
 	for _, term := range strings.Split(s, " and ") {
 		term = strings.TrimSpace(term)
-		low := strings.ToLower(term)
+		id, ok := between(term, "principalId eq '", "'")
+		if !ok {
+			id, ok = between(term, "assignedTo('", "')")
+		}
 		switch {
-		case low == "" && s == "":
-		case low == "atscope()":
+		case term == "" && s == "":
+		case strings.EqualFold(term, "atScope()"):
 			f.AtScope = true
-		case f.Principal == "" && strings.HasPrefix(low, "principalid eq '") && strings.HasSuffix(low, "'"):
-			f.Principal = term[len("principalId eq '") : len(term)-1]
-		case f.Principal == "" && strings.HasPrefix(low, "assignedto('") && strings.HasSuffix(low, "')"):
-			f.Principal = term[len("assignedTo('") : len(term)-2]
+		case ok && f.Principal == "":
+			f.Principal = id
 		default:
 			return f, fault.New(fault.Invalid, "InvalidFilterInQueryString", "The filter is not supported at '%.80s'.", term).At("$filter").
 				WithFix("use atScope(), principalId eq 'ID' or assignedTo('ID')")
@@ -117,6 +118,16 @@ func assignmentFilter(s string) (access.AssignmentFilter, error) {
 		return f, fault.New(fault.Invalid, "InvalidFilterInQueryString", "'%.64s' is not an object id (a GUID).", f.Principal).At("$filter")
 	}
 	return f, nil
+}
+
+// between returns what stands between prefix and suffix, compared without
+// regard to case; ok is false if they do not surround at least one character.
+func between(s, prefix, suffix string) (string, bool) {
+	end := len(s) - len(suffix)
+	if end <= len(prefix) || !strings.EqualFold(s[:len(prefix)], prefix) || s[end:] != suffix {
+		return "", false
+	}
+	return s[len(prefix):end], true
 }
 
 func (s surface) getAssignment(r *azureapi.Request) (*azureapi.Reply, error) {
@@ -214,10 +225,11 @@ func definitionFilter(s string) (string, error) {
 	name := ""
 	for _, term := range strings.Split(s, " and ") {
 		term = strings.TrimSpace(term)
-		switch low := strings.ToLower(term); {
-		case low == "" && s == "", low == "atscopeandbelow()", low == "type eq 'builtinrole'":
-		case name == "" && strings.HasPrefix(low, "rolename eq '") && strings.HasSuffix(low, "'") && len(low) > len("rolename eq ''"):
-			name = term[len("roleName eq '") : len(term)-1]
+		role, ok := between(term, "roleName eq '", "'")
+		switch {
+		case term == "" && s == "", strings.EqualFold(term, "atScopeAndBelow()"), strings.EqualFold(term, "type eq 'BuiltInRole'"):
+		case ok && name == "":
+			name = role
 		default:
 			return "", fault.New(fault.Invalid, "InvalidFilterInQueryString", "The filter is not supported at '%.80s'.", term).At("$filter").
 				WithFix("use roleName eq 'NAME', type eq 'BuiltInRole' or atScopeAndBelow()")
