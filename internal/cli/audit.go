@@ -104,7 +104,7 @@ const hashMember = `,"hash":"`
 // next checks a line against the one before it.
 func (a *auditFiles) next(line []byte) error {
 	i := bytes.LastIndex(line, []byte(hashMember))
-	if i < 0 || !bytes.HasSuffix(line, []byte(`"}`)) {
+	if i < 0 || len(line) < i+len(hashMember)+len(`"}`) || !bytes.HasSuffix(line, []byte(`"}`)) {
 		return errors.New("the line does not end with its hash")
 	}
 	hash := string(line[i+len(hashMember) : len(line)-2])

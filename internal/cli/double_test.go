@@ -134,9 +134,15 @@ func (d *double) certificates(tb fataler) func(*tls.ClientHelloInfo) (*tls.Certi
 
 // endpoints are the names of the double.
 func (d *double) endpoints() keyfleet.Endpoints {
+	e := d.names()
+	e.Listen = d.srv.Listener.Addr().String()
+	return e
+}
+
+func (d *double) names() keyfleet.Endpoints {
 	return keyfleet.Endpoints{
 		ResourceManager: "https://arm.kf.test:8443", Login: "https://login.kf.test:8443", Node: "https://node.kf.test:8443",
-		VaultSuffix: "vault.kf.test:8443", BatchSuffix: "batch.kf.test:8443", Listen: d.srv.Listener.Addr().String(),
+		VaultSuffix: "vault.kf.test:8443", BatchSuffix: "batch.kf.test:8443",
 	}
 }
 
