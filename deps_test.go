@@ -61,7 +61,7 @@ var deepRules = []rule{
 	{from: "cmd/keyfleet-agent", to: "go.etcd.io/", why: "the agent stays small"},
 	{from: "cmd/keyfleet-keyvault-extension", to: "github.com/prometheus", why: "the extension stays small"},
 	{from: "cmd/keyfleet-server", to: "helm.sh/", why: "Helm lives behind keyfleet-connector"},
-	{from: "cmd/keyfleet-server", to: "k8s.io/api", why: "the server has no Kubernetes client"},
+	{from: "cmd/keyfleet-server", to: "k8s.io/api/", why: "the server has no Kubernetes client"},
 }
 
 type pkg struct {

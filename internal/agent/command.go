@@ -173,7 +173,7 @@ func notForHandlers(name string) bool {
 	case "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "INVOCATION_ID", extension.HintSocketVariable:
 		return true
 	}
-	return strings.HasPrefix(name, "KEYFLEET_")
+	return strings.HasPrefix(name, "KEYFLEET_") && !effect.Variable(name)
 }
 
 // instanceEnv are the variables about one extension's settings.

@@ -5,6 +5,7 @@ package effect
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -13,6 +14,7 @@ import (
 
 // The environment of a process under test:
 //
+//	KEYFLEET_KILL_PROGRAM only the program of that name counts, logs and dies; empty: every one
 //	KEYFLEET_EFFECT_LOG   file to which every effect appends "N name\n" before it happens
 //	KEYFLEET_KILL_AT      "before:N", "after:N", "before:NAME" or "after:NAME" (first effect of
 //	                      that name); empty: never
@@ -24,6 +26,9 @@ var state struct {
 
 // Do performs one outside effect, and dies before or after it if told so.
 func Do(name string, fn func() error) error {
+	if only := os.Getenv("KEYFLEET_KILL_PROGRAM"); only != "" && filepath.Base(os.Args[0]) != only {
+		return fn()
+	}
 	state.Lock()
 	state.n++
 	n := state.n
@@ -54,4 +59,10 @@ func die(when string, n int, name string) {
 	}
 	_ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL)
 	select {}
+}
+
+// Variable reports whether an environment variable is this package's, and so
+// goes on to child processes.
+func Variable(name string) bool {
+	return strings.HasPrefix(name, "KEYFLEET_KILL_") || strings.HasPrefix(name, "KEYFLEET_EFFECT_")
 }

@@ -87,6 +87,7 @@ func (s *Server) buildVaults(ctx context.Context, gate *access.Gate) error {
 func (s *Server) buildPools(gate *access.Gate, packs *packages.Store) (err error) {
 	s.local, err = local.New(local.Config{
 		Dir: s.cfg.DataDir, Agent: s.cfg.AgentPath, Server: s.endpoints.Node(), CA: s.ca.PEM(), Log: s.log,
+		AgentEnv: nodeEnvironment(), InitEnv: nodeEnvironment(),
 	})
 	if err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"net/http"
 	"os"
@@ -21,6 +22,11 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	// The systems under test mostly wait for each other, so more run at once than there are processors.
+	if err := flag.Set("test.parallel", "6"); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	stack.Clean()
 	os.Exit(code)
