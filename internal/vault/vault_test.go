@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,7 +66,7 @@ type env struct {
 	clock   *Clock
 	ca      *pki.CA
 	owner   context.Context
-	issuer  Issuer // nil: the CA
+	issuer  atomic.Pointer[Issuer] // nil: the CA
 }
 
 func as(oid string) context.Context {
@@ -101,12 +102,22 @@ func (e *env) open() {
 	e.vaults = New(Config{
 		Store: s, Gate: e.gate, Clock: e.clock, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Tenant: tenant,
 		Issuer: func(ctx context.Context, t pki.Template, pub crypto.PublicKey) ([][]byte, error) {
-			if e.issuer != nil {
-				return e.issuer(ctx, t, pub)
+			if other := e.issuer.Load(); other != nil {
+				return (*other)(ctx, t, pub)
 			}
 			return issue(ctx, t, pub)
 		},
 	})
+}
+
+// refuse lets the issuer fail with err; nil: it works.
+func (e *env) refuse(err error) {
+	if err == nil {
+		e.issuer.Store(nil)
+		return
+	}
+	fails := Issuer(func(context.Context, pki.Template, crypto.PublicKey) ([][]byte, error) { return nil, err })
+	e.issuer.Store(&fails)
 }
 
 // run starts the controllers; the returned function ends them and waits.
@@ -339,9 +350,7 @@ func TestFailedRenewalIsAState(t *testing.T) {
 		e := newEnv(t)
 		defer e.run()()
 		e.create("web", testPolicy(), nil)
-		e.issuer = func(context.Context, pki.Template, crypto.PublicKey) ([][]byte, error) {
-			return nil, fault.New(fault.Unavailable, "IssuerFailed", "The issuer does not answer.")
-		}
+		e.refuse(fault.New(fault.Unavailable, "IssuerFailed", "The issuer does not answer."))
 		_, _, err := e.clock.Advance(e.owner, 28*24*time.Hour)
 		e.ok(err)
 		time.Sleep(10 * time.Minute)
@@ -354,7 +363,7 @@ func TestFailedRenewalIsAState(t *testing.T) {
 		if n := len(e.versions("web")); n != 1 {
 			t.Errorf("there are %d versions", n)
 		}
-		e.issuer = nil
+		e.refuse(nil)
 		time.Sleep(time.Until(r.NextAttempt) + time.Second)
 		synctest.Wait()
 		r, err = e.vaults.Renewal(e.owner, "prod1", "web")
@@ -369,9 +378,7 @@ func TestRequestThatCannotSucceedFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEnv(t)
 		defer e.run()()
-		e.issuer = func(context.Context, pki.Template, crypto.PublicKey) ([][]byte, error) {
-			return nil, fault.New(fault.Invalid, "NameNotAllowed", "The issuer does not sign this name.")
-		}
+		e.refuse(fault.New(fault.Invalid, "NameNotAllowed", "The issuer does not sign this name."))
 		c := e.create("web", testPolicy(), nil)
 		if op := c.Operation; op.Status != Failed || op.Code != "NameNotAllowed" || op.Ended.IsZero() {
 			t.Errorf("the operation is %+v", op)
@@ -386,21 +393,18 @@ func TestRequestThatCannotSucceedFails(t *testing.T) {
 		if list, _, err = e.vaults.ListCertificates(e.owner, "prod1", true, Page{}); err != nil || len(list) != 1 {
 			t.Errorf("with includePending: %d, %v", len(list), err)
 		}
-		e.issuer = nil
+		e.refuse(nil)
 		soon := testPolicy()
 		soon.Actions[0].Trigger.LifetimePercentage = 2 // of a month: 15 hours
 		if c = e.create("web", soon, nil); c.Operation.Status != Completed {
 			t.Errorf("the next request is %+v", c.Operation)
 		}
 		// A failed request for one more version does not stop the renewals.
-		refuse := func(context.Context, pki.Template, crypto.PublicKey) ([][]byte, error) {
-			return nil, fault.New(fault.Invalid, "NameNotAllowed", "Not this name.")
-		}
-		e.issuer = refuse
+		e.refuse(fault.New(fault.Invalid, "NameNotAllowed", "Not this name."))
 		if c = e.create("web", soon, nil); c.Operation.Status != Failed {
 			t.Errorf("the refused request is %+v", c.Operation)
 		}
-		e.issuer = nil
+		e.refuse(nil)
 		time.Sleep(16 * time.Hour)
 		synctest.Wait()
 		if n := len(e.versions("web")); n != 2 {
