@@ -24,7 +24,7 @@ func BenchmarkSecretGet(b *testing.B) {
 	}
 }
 
-// BenchmarkSecretSet adds a version of 2 KiB. The 64 secrets keep the memory backend's history short.
+// BenchmarkSecretSet adds a version of 2 KiB.
 func BenchmarkSecretSet(b *testing.B) {
 	e := newEnv(b)
 	value := NewSecret(strings.Repeat("x", 2048))

@@ -14,7 +14,7 @@ import (
 	"keyfleet.dev/keyfleet/internal/vault"
 )
 
-// policies draws valid policies.
+// drawPolicy draws a valid policy.
 func drawPolicy(t *rapid.T) vault.Policy {
 	names := func(label, like string) []string {
 		n := rapid.IntRange(0, 3).Draw(t, label)
