@@ -127,23 +127,13 @@ func insertAssignment(tx *store.Tx, o *store.Object[Assignment, struct{}]) error
 	return changeRootOwners(tx, func(l []string) []string { return append(l, o.ID) })
 }
 
-// Unassign removes the role assignment of the name. It returns what was
-// removed, nil if there was none. The last Owner at "/" cannot be removed.
-func (g *Gate) Unassign(ctx context.Context, scope, name string) (*store.Object[Assignment, struct{}], error) {
-	old, err := byName(g.cfg.Store.View(ctx), name)
-	if err != nil {
-		return nil, err
-	}
+// Unassign removes the role assignment of the name at the scope. It returns
+// what was removed, nil if there was none. The last Owner at "/" cannot be removed.
+func (g *Gate) Unassign(ctx context.Context, scope, name string) (old *store.Object[Assignment, struct{}], err error) {
 	op := Op{Action: actionAssignmentDelete, Resource: scope, Detail: "assignment " + name}
-	if old != nil {
-		op.Resource = old.Spec.Scope // what is removed decides, not what the path says
-	}
 	err = g.Change(ctx, g.cfg.Store, op, func(tx *store.Tx) error {
-		if old, err = byName(tx, name); err != nil || old == nil {
+		if old, err = atScope(tx, scope, name); err != nil || old == nil {
 			return err
-		}
-		if !strings.EqualFold(old.Spec.Scope, op.Resource) {
-			return fault.New(fault.Conflict, "Conflict", "The role assignment '%s' was just replaced by another one.", name)
 		}
 		return removeAssignment(tx, old)
 	})
@@ -151,6 +141,16 @@ func (g *Gate) Unassign(ctx context.Context, scope, name string) (*store.Object[
 		return nil, err
 	}
 	return old, nil
+}
+
+// atScope finds an assignment where the caller says it is. One of the same name
+// at another scope is none: the decision was made for this scope.
+func atScope(tx *store.Tx, scope, name string) (*store.Object[Assignment, struct{}], error) {
+	o, err := byName(tx, name)
+	if err != nil || o == nil || !strings.EqualFold(strings.TrimRight(o.Spec.Scope, "/"), strings.TrimRight(scope, "/")) {
+		return nil, err
+	}
+	return o, nil
 }
 
 func removeAssignment(tx *store.Tx, o *store.Object[Assignment, struct{}]) error {
@@ -208,17 +208,13 @@ func RemovePrincipal(tx *store.Tx, objectID string) error {
 	return nil
 }
 
-// Assignment returns the role assignment of the name, or a fault.NotFound.
+// Assignment returns the role assignment of the name at the scope, or a fault.NotFound.
 func (g *Gate) Assignment(ctx context.Context, scope, name string) (*store.Object[Assignment, struct{}], error) {
-	o, err := byName(g.cfg.Store.View(ctx), name)
-	if err != nil {
+	if err := g.Read(ctx, Op{Action: actionAssignmentRead, Resource: scope}); err != nil {
 		return nil, err
 	}
-	op := Op{Action: actionAssignmentRead, Resource: scope}
-	if o != nil {
-		op.Resource = o.Spec.Scope
-	}
-	if err := g.Read(ctx, op); err != nil {
+	o, err := atScope(g.cfg.Store.View(ctx), scope, name)
+	if err != nil {
 		return nil, err
 	}
 	if o == nil {

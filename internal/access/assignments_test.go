@@ -102,8 +102,14 @@ func TestRemovalIsDecidedAtTheAssignmentsScope(t *testing.T) {
 	w.grant(t, 1, access.Owner, "/", oid(50))
 	w.grant(t, 2, access.Owner, grp, oid(51))
 	w.grant(t, 3, access.Reader, sub, oid(52))
-	if _, err := w.gate.Unassign(as(2), grp, oid(52)); !errors.Is(err, fault.Denied) {
-		t.Errorf("an Owner of the group removed an assignment of the subscription by naming its own scope: %v", err)
+	if o, err := w.gate.Unassign(as(2), grp, oid(52)); err != nil || o != nil {
+		t.Errorf("an Owner of the group named its own scope for an assignment of the subscription: removed %v, %v", o, err)
+	}
+	if _, err := w.gate.Unassign(as(2), sub, oid(52)); !errors.Is(err, fault.Denied) {
+		t.Errorf("an Owner of the group removed an assignment of the subscription: %v", err)
+	}
+	if err := w.gate.Can(as(3), access.Op{Action: "x/read", Resource: sub}); err != nil {
+		t.Errorf("the assignment is gone: %v", err)
 	}
 }
 

@@ -31,9 +31,11 @@ package audit
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -46,7 +48,7 @@ import (
 type Config struct {
 	Path    string           // the live file; its folder must exist. Required
 	MaxSize int64            // in bytes; a larger file is rotated. Zero: 64 MiB
-	Name    string           // of this server, if several share a store: the anchor is kept under it. Empty: "server"
+	Name    string           // the anchor is kept under it, so it differs between servers that share a store. Empty: made of host and folder
 	Now     func() time.Time // for the Log's own records; nil: time.Now
 	Log     *slog.Logger     // nil: slog.Default()
 }
@@ -86,7 +88,11 @@ func Open(cfg Config) (*Log, error) {
 		cfg.MaxSize = 64 << 20
 	}
 	if cfg.Name == "" {
-		cfg.Name = "server"
+		name, err := defaultName(cfg.Path)
+		if err != nil {
+			return nil, err
+		}
+		cfg.Name = name
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -114,6 +120,20 @@ func Open(cfg Config) (*Log, error) {
 		}
 	}
 	return l, nil
+}
+
+// defaultName tells this server's file from those of other servers.
+func defaultName(path string) (string, error) {
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return "", fmt.Errorf("finding the audit folder: %w", err)
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("finding the host's name: %w", err)
+	}
+	sum := sha256.Sum256([]byte(dir))
+	return host + "-" + hex.EncodeToString(sum[:4]), nil
 }
 
 // Close writes what was accepted, and closes the file. Later calls of Append fail.

@@ -57,7 +57,7 @@ func lines(t *testing.T, path, action string) []string {
 func TestExportInCommitOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "audit.jsonl")
-		l := open(t, Config{Path: path})
+		l := open(t, Config{Path: path, Name: "server"})
 		s := newStore(t)
 		var want []string
 		for i := range 120 { // more than two batches wait when the exporter starts

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -43,7 +44,12 @@ type world struct {
 	file  string // audit file
 }
 
-func newWorld(t testing.TB) *world {
+var start = time.Date(2026, 11, 21, 8, 0, 0, 0, time.UTC)
+
+// testKey is the signing key of most worlds, for making one takes long.
+var testKey = sync.OnceValues(newSigningKey)
+
+func newStore(t testing.TB) *store.Store {
 	t.Helper()
 	backend := store.NewMemory()
 	t.Cleanup(func() { backend.Close() })
@@ -51,7 +57,24 @@ func newWorld(t testing.TB) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return serverOn(t, s, newClock(time.Date(2026, 11, 21, 8, 0, 0, 0, time.UTC)))
+	return s
+}
+
+func newWorld(t testing.TB) *world {
+	t.Helper()
+	key, err := testKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key.SignFrom = start
+	s := newStore(t)
+	err = s.Update(t.Context(), func(tx *store.Tx) error {
+		return Keyrings.Insert(tx, &store.Object[Keyring, struct{}]{Meta: store.Meta{ID: keyringID}, Spec: Keyring{Keys: []SigningKey{key}}})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return serverOn(t, s, newClock(start))
 }
 
 // serverOn is one more server on the same store.

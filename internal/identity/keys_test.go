@@ -109,7 +109,7 @@ func TestKeysRotateUnnoticed(t *testing.T) {
 }
 
 func TestTwoServersMakeOneKey(t *testing.T) {
-	w := newWorld(t)
+	w := serverOn(t, newStore(t), newClock(start))
 	other := serverOn(t, w.store, w.clock)
 	a, err := w.PublicKeys(t.Context())
 	if err != nil {

@@ -102,8 +102,10 @@ func TestReplayVariants(t *testing.T) {
 	w := newWorld(t)
 	app, secret := w.app(t, "deployer")
 	good := w.token(t, app, secret, armURL, V1).Value.Reveal()
-	foreign := newWorld(t) // another server: other tenant, other keys
+	foreign := serverOn(t, newStore(t), newClock(start)) // another server: other tenant, other keys
 	fapp, fsecret := foreign.app(t, "deployer")
+	twin := newWorld(t) // another tenant whose key is the same, as after a careless copy
+	tapp, tsecret := twin.app(t, "deployer")
 	keys, err := w.signingKeys(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -217,6 +219,7 @@ func TestReplayVariants(t *testing.T) {
 		"a claim twice":                       claim(`"ver":"1.0"`, `"ver":"1.0","aud":"`+armURL+`"`),
 		"an unknown claim":                    claim(`"ver":"1.0"`, `"ver":"1.0","roles":["Owner"]`),
 		"claims in another casing":            claim(`"oid"`, `"OID"`),
+		"a token of a tenant with our key":    twin.token(t, tapp, tsecret, armURL, V1).Value.Reveal(),
 		"a token of another server":           foreign.token(t, fapp, fsecret, armURL, V1).Value.Reveal(),
 	}
 	if _, err := w.Verify(t.Context(), good, []string{armURL}); err != nil {
