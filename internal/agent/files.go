@@ -52,8 +52,10 @@ func writeSynced(path string, data []byte, mode fs.FileMode) error {
 }
 
 // removeLeftovers removes unfinished files of earlier runs from dir.
-func removeLeftovers(dir string) {
-	left, _ := filepath.Glob(filepath.Join(dir, "*"+tmpSuffix)) // the pattern is well formed
+func removeLeftovers(dir string) { removeLeft(filepath.Join(dir, "*"+tmpSuffix)) }
+
+func removeLeft(pattern string) {
+	left, _ := filepath.Glob(pattern) // the pattern is well formed
 	for _, p := range left {
 		_ = os.RemoveAll(p) // tried again at the next start
 	}

@@ -98,6 +98,8 @@ func (a *Agent) watch(ctx context.Context) (told time.Duration, err error) {
 	sc.Buffer(make([]byte, 0, watchLine), watchLine)
 	told = time.Second
 	signal(a.fetch) // what changed before the watch was there
+	signal(a.news)  // what could not be reported
+	a.retryDownloads()
 	for sc.Scan() {
 		silence.Reset(watchSilence)
 		switch e := parseEvent(sc.Text()); e.Kind {
@@ -116,6 +118,18 @@ func (a *Agent) watch(ctx context.Context) (told time.Duration, err error) {
 		}
 	}
 	return told, sc.Err()
+}
+
+// retryDownloads makes failed downloads due: the server is there again.
+func (a *Agent) retryDownloads() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, in := range a.instances {
+		if in.finding != nil && in.finding.code == codeDownload && !in.next.IsZero() {
+			in.next = time.Now()
+			signal(a.work)
+		}
+	}
 }
 
 // signal wakes the loop that waits on a channel of capacity 1.

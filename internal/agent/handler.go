@@ -127,6 +127,8 @@ func (h *handler) writeEnvironment() error {
 			return fmt.Errorf("making the handler's folders: %w", err)
 		}
 	}
+	removeLeftovers(h.dir)
+	removeLeftovers(h.config(""))
 	env := extension.HandlerEnvironment{Name: h.name, Version: 1, Folders: extension.Folders{
 		LogFolder: h.logDir, ConfigFolder: h.config(""), StatusFolder: filepath.Join(h.dir, "status"),
 		HeartbeatFile: filepath.Join(h.dir, "heartbeat.log"), EventsFolder: events,

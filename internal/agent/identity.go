@@ -73,6 +73,7 @@ func (a *Agent) openState() error {
 	}
 	removeLeftovers(a.cfg.StateDir)
 	removeLeftovers(a.cfg.LibDir)
+	removeLeft(a.cfg.HostsFile + ".*" + tmpSuffix)
 	return nil
 }
 

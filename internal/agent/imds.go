@@ -360,10 +360,15 @@ func (t *tokens) get(k tokenKey, now time.Time, ask func() (node.TokenResponse, 
 	if ok && now.Before(tok.ExpiresOn.Add(-5*time.Minute)) {
 		return tok, nil
 	}
-	tok, err := ask()
-	if err != nil {
-		return tok, err
+	fresh, err := ask()
+	var ans *answerError
+	if err != nil && ok && now.Before(tok.ExpiresOn) && !errors.As(err, &ans) {
+		return tok, nil // the server cannot be reached, and this one still counts
 	}
+	if err != nil {
+		return fresh, err
+	}
+	tok = fresh
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.age == age {

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -248,6 +249,17 @@ func TestTokensAreForgotten(t *testing.T) {
 	}
 	if asked != 4 {
 		t.Errorf("a token with four minutes left was given out again")
+	}
+	away := func() (node.TokenResponse, error) { return node.TokenResponse{}, errors.New("connection refused") }
+	if _, err := tk.get(k, now.Add(3*time.Minute), away); err != nil {
+		t.Errorf("the server is away, and the token has a minute left: %v", err)
+	}
+	if _, err := tk.get(k, now.Add(5*time.Minute), away); err == nil {
+		t.Error("a token that has run out was given out")
+	}
+	denied := func() (node.TokenResponse, error) { return node.TokenResponse{}, &answerError{Status: 403} }
+	if _, err := tk.get(k, now.Add(3*time.Minute), denied); err == nil {
+		t.Error("the server said no, and the old token was given out")
 	}
 }
 

@@ -608,6 +608,9 @@ func TestWatchMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("left out: 1,000 TLS handshakes take some 15 s")
 	}
+	if raceDetector {
+		t.Skip("left out: the race detector's own memory would be measured")
+	}
 	const count = 1000
 	b := newBed(t, Config{AcceptRate: 1e6})
 	for i := range count {

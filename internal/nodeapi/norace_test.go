@@ -1,0 +1,5 @@
+//go:build !race
+
+package nodeapi
+
+const raceDetector = false
