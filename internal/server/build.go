@@ -118,7 +118,7 @@ func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error
 		Table: func() []azureapi.Route { return s.api.Routes() },
 	})...)
 	routes = append(routes, keyvault.Routes(keyvault.Config{Vaults: s.vaults, Clock: s.clock})...)
-	routes = append(routes, batch.Routes(batch.Config{Fleet: s.fleet})...)
+	routes = append(routes, batch.Routes(batch.Config{Fleet: s.fleet, CAHash: s.ca.Hash()})...)
 	routes = append(routes, nodes.Routes(nodes.Config{
 		Gate: gate, AgentOf: s.agentOf, Sessions: sessions, Logs: logs, AskLogs: s.edge.AskLogs, Explain: s.explain,
 	})...)

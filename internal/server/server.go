@@ -278,6 +278,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 func (s *Server) loops() []func(context.Context) error {
 	return []func(context.Context) error{
 		s.edge.Run,
+		s.vaults.Run,
 		func(ctx context.Context) error { return reconcile.Lead(ctx, s.backend, s.store, s.runnables) },
 	}
 }

@@ -2,12 +2,13 @@ package store
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"slices"
 	"sort"
 	"strings"
 	"time"
+
+	json "github.com/go-json-experiment/json/v1" // encoding/json with half the time a decode takes
 
 	"keyfleet.dev/keyfleet/internal/fault"
 )
