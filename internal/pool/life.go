@@ -106,7 +106,7 @@ func (l *Lives) Reconcile(ctx context.Context, s *store.Store, n *Node) (reconci
 		n.Status.StartFinal = true
 	case n.Status.StartFinal && n.Status.Allocated.IsZero(): // the pool controller takes it away
 	default:
-		if again, err = l.bring(ctx, s, prov, n, now); err != nil {
+		if again, err = l.bring(ctx, s, prov, n); err != nil {
 			return again, err
 		}
 	}
@@ -136,7 +136,7 @@ func (l *Lives) nextLook(n *Node, now time.Time) time.Duration {
 }
 
 // bring starts the node if it does not run, and carries out its order.
-func (l *Lives) bring(ctx context.Context, s *store.Store, prov Provider, n *Node, now time.Time) (reconcile.Result, error) {
+func (l *Lives) bring(ctx context.Context, s *store.Store, prov Provider, n *Node) (reconcile.Result, error) {
 	running, err := l.running(ctx, prov, n.ID)
 	if err != nil {
 		return reconcile.Result{}, fmt.Errorf("asking provider %s for its nodes: %w", prov.Name(), err)
@@ -149,7 +149,6 @@ func (l *Lives) bring(ctx context.Context, s *store.Store, prov Provider, n *Nod
 		if err := effect.Do("start node", func() error { return prov.Start(ctx, spec) }); err != nil {
 			return startFailed(n, err)
 		}
-		n.Status.StartedAt = now
 	}
 	n.Status.Provider, n.Status.Attempts, n.Status.StartError, n.Status.StartFinal = prov.Name(), 0, nil, false
 	if n.Status.Allocated.IsZero() {

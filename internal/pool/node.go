@@ -33,7 +33,6 @@ type NodeSeen struct {
 	StateSince    time.Time          `json:"stateSince,omitzero"`
 	Provider      string             `json:"provider,omitempty"`   // who runs it
 	Allocated     time.Time          `json:"allocated,omitzero"`   // when the provider first had it
-	StartedAt     time.Time          `json:"startedAt,omitzero"`   // when it was last started
 	Attempts      int                `json:"attempts,omitempty"`   // starts that failed in a row
 	StartError    *fault.Detail      `json:"startError,omitempty"` // why the last one failed
 	StartFinal    bool               `json:"startFinal,omitempty"` // trying again cannot help
@@ -89,10 +88,6 @@ func (s *seen) newest(id string, stored time.Time) time.Time {
 	}
 	return t
 }
-
-// Seen notes that the agent of the node is there (a watch that is open, a
-// fetched goal state). It is cheap: memory only.
-func (f *Fleet) Seen(nodeID string) { f.seen.note(nodeID, f.cfg.Now()) }
 
 // Enrol redeems a join token in one transaction and returns the id that the
 // agent's certificate shall carry: a token bound to a node makes that node
