@@ -59,6 +59,7 @@ func TestKilledAtEveryEffect(t *testing.T) {
 func killRun(t *testing.T, program, at string) (effects []string, reads int64) {
 	t.Helper()
 	vault := keyvaulttest.Start(t)
+	v := vault.Renew(host, secret, keyvaulttest.PEM) // there before the start, so that every run has the same effects
 	n := newNode(t, vault, program)
 	trace := filepath.Join(n.dir, "trace")
 	log := filepath.Join(n.dir, "effects")
@@ -72,8 +73,10 @@ func killRun(t *testing.T, program, at string) (effects []string, reads int64) {
 	defer s.stop()
 	stop := n.reader("web.pem")
 	var targets []string
-	for range 3 {
-		v := vault.Renew(host, secret, keyvaulttest.PEM)
+	for i := range 3 {
+		if i > 0 {
+			v = vault.Renew(host, secret, keyvaulttest.PEM)
+		}
 		s.until("version "+v.ID, func() bool { return strings.Contains(n.target("web.pem"), v.ID) })
 		targets = append(targets, n.target("web.pem"))
 		s.until("the hook of this version, with its result noted", func() bool {

@@ -169,7 +169,7 @@ func (n *node) logs() string {
 // eventually waits for a condition.
 func (n *node) eventually(what string, condition func() bool) {
 	n.t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !condition() {
 		if time.Now().After(deadline) {
 			n.t.Fatalf("waited in vain: %s\nstatus: %+v\nlog:\n%s", what, n.status(), n.logs())
@@ -216,11 +216,13 @@ func (n *node) reader(link string) (stop func() int64) {
 			time.Sleep(200 * time.Microsecond)
 		}
 	})
-	return func() int64 {
+	stop = func() int64 {
 		cancel()
 		wait.Wait()
 		return reads.Load()
 	}
+	n.t.Cleanup(func() { stop() })
+	return stop
 }
 
 // servicePID is the process of the running service; 0 if there is none.

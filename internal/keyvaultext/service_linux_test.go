@@ -400,7 +400,7 @@ func hooked(n *node, argv ...string) string {
 	for i := range argv {
 		argv[i] = quoted(argv[i])
 	}
-	return fmt.Sprintf(`{"url":%q,"customSymbolicLinkName":"web.pem","reloadHook":{"argv":[%s],"timeoutInS":1}}`, urlOf, strings.Join(argv, ","))
+	return fmt.Sprintf(`{"url":%q,"customSymbolicLinkName":"web.pem","reloadHook":{"argv":[%s],"timeoutInS":60}}`, urlOf, strings.Join(argv, ","))
 }
 
 func TestReloadHook(t *testing.T) {
@@ -433,7 +433,7 @@ func TestReloadHook(t *testing.T) {
 		})
 	}
 
-	n.settings(false, "", hooked(n, "/bin/sh", "-c", "sleep 60 & echo PRIVATE KEY; wait"))
+	n.settings(false, "", strings.Replace(hooked(n, "/bin/sh", "-c", "sleep 60 & echo PRIVATE KEY; wait"), `"timeoutInS":60`, `"timeoutInS":1`, 1))
 	n.enable()
 	v = vault.Renew(host, secret, keyvaulttest.PEM)
 	n.delivers("web.pem", v)
