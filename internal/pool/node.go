@@ -29,21 +29,20 @@ type NodeWanted struct {
 
 // NodeSeen is what was seen of a node, by its provider and by its agent.
 type NodeSeen struct {
-	State         string             `json:"state"` // of [NodeState], when it was last computed
-	StateSince    time.Time          `json:"stateSince,omitzero"`
-	Provider      string             `json:"provider,omitempty"`   // who runs it
-	Allocated     time.Time          `json:"allocated,omitzero"`   // when the provider first had it
-	Attempts      int                `json:"attempts,omitempty"`   // starts that failed in a row
-	StartError    *fault.Detail      `json:"startError,omitempty"` // why the last one failed
-	StartFinal    bool               `json:"startFinal,omitempty"` // trying again cannot help
-	Enrolled      time.Time          `json:"enrolled,omitzero"`
-	Hostname      string             `json:"hostname,omitempty"`  // what the machine calls itself
-	Transport     string             `json:"transport,omitempty"` // PEM certificate for protected settings
-	LastSeen      time.Time          `json:"lastSeen,omitzero"`   // the agent's last word, at most heartbeatEvery old
-	Report        *node.StatusReport `json:"report,omitempty"`    // the last report
-	RevisionSince time.Time          `json:"revisionSince,omitzero"`
-	Done          string             `json:"done,omitempty"`        // id of the last order carried out
-	OrderedBoot   string             `json:"orderedBoot,omitempty"` // the agent's boot id when the order was given
+	State       string             `json:"state"` // of [NodeState], when it was last computed
+	StateSince  time.Time          `json:"stateSince,omitzero"`
+	Provider    string             `json:"provider,omitempty"`   // who runs it
+	Allocated   time.Time          `json:"allocated,omitzero"`   // when the provider first had it
+	Attempts    int                `json:"attempts,omitempty"`   // starts that failed in a row
+	StartError  *fault.Detail      `json:"startError,omitempty"` // why the last one failed
+	StartFinal  bool               `json:"startFinal,omitempty"` // trying again cannot help
+	Enrolled    time.Time          `json:"enrolled,omitzero"`
+	Hostname    string             `json:"hostname,omitempty"`    // what the machine calls itself
+	Transport   string             `json:"transport,omitempty"`   // PEM certificate for protected settings
+	LastSeen    time.Time          `json:"lastSeen,omitzero"`     // the agent's last word, at most heartbeatEvery old
+	Report      *node.StatusReport `json:"report,omitempty"`      // the last report
+	Done        string             `json:"done,omitempty"`        // id of the last order carried out
+	OrderedBoot string             `json:"orderedBoot,omitempty"` // the agent's boot id when the order was given
 }
 
 // heartbeatEvery is how often an unchanged report is written down: often
@@ -187,9 +186,6 @@ func (f *Fleet) nodeReport(ctx context.Context, id string, r node.StatusReport, 
 		n, err := Nodes.Get(tx, id)
 		if err != nil {
 			return err
-		}
-		if n.Status.Report == nil || n.Status.Report.Revision != r.Revision {
-			n.Status.RevisionSince = now
 		}
 		n.Status.Report, n.Status.LastSeen = &r, now
 		if obeyed {
