@@ -2,7 +2,6 @@ package client
 
 import (
 	"context"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -148,23 +147,16 @@ func cutPrefixFold(s, prefix string) (string, bool) {
 	return s[len(prefix):], true
 }
 
-// ObjectID is the caller's own object id: the oid claim of its token. The
-// claim is only read; the server is who checks it.
+// ObjectID is the caller's own object id: what access policies and role assignments name.
 func (c *Client) ObjectID(ctx context.Context) (string, error) {
-	tok, err := c.Token(ctx, c.cfg.Endpoints.ResourceManager)
-	if err != nil {
-		return "", err
+	var me struct {
+		ObjectID string `json:"objectId"`
 	}
-	parts := strings.Split(tok.Reveal(), ".")
-	var claims struct {
-		ObjectID string `json:"oid"`
+	err := c.Call(ctx, Request{Method: http.MethodGet, URL: c.ARM("/keyfleet/v1/whoami")}, &me)
+	if err == nil && me.ObjectID == "" {
+		err = errors.New("asking for the own object id: the server names none")
 	}
-	if len(parts) == 3 {
-		if b, err := base64.RawURLEncoding.DecodeString(parts[1]); err == nil && json.Unmarshal(b, &claims) == nil && claims.ObjectID != "" {
-			return claims.ObjectID, nil
-		}
-	}
-	return "", errors.New("reading the own object id: the token names none")
+	return me.ObjectID, err
 }
 
 // AskTenant returns the tenant that the server names when it refuses a request

@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"time"
 
+	"keyfleet.dev/keyfleet/api/keyfleet"
 	"keyfleet.dev/keyfleet/api/keyvault"
 	"keyfleet.dev/keyfleet/api/msi"
 )
@@ -78,6 +79,11 @@ func (c *Client) Certificate(ctx context.Context, vault, name, version string) (
 // Renewal says how a certificate's renewal stands.
 func (c *Client) Renewal(ctx context.Context, vault, name string) (keyvault.Renewal, error) {
 	return call[keyvault.Renewal](ctx, c, http.MethodGet, c.ARM("/keyfleet/v1/vaults/"+url.PathEscape(vault)+"/certificates/"+url.PathEscape(name)), "", nil)
+}
+
+// Deliveries says which version of a certificate each node has.
+func (c *Client) Deliveries(ctx context.Context, vault, name string) (keyfleet.Deliveries, error) {
+	return call[keyfleet.Deliveries](ctx, c, http.MethodGet, c.ARM("/keyfleet/v1/vaults/"+url.PathEscape(vault)+"/certificates/"+url.PathEscape(name)+"/deliveries"), "", nil)
 }
 
 // AdvanceClock moves policy time ahead, on a server that was started with --dev.

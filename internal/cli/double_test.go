@@ -9,7 +9,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -214,8 +213,7 @@ func (d *double) token(w http.ResponseWriter, body []byte) {
 		_, _ = io.WriteString(w, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret provided."}`)
 		return
 	}
-	claims := base64.RawURLEncoding.EncodeToString([]byte(`{"oid":"object-self"}`))
-	fmt.Fprintf(w, `{"token_type":"Bearer","expires_in":3600,"access_token":"%s.%s.x"}`, doubleToken, claims)
+	fmt.Fprintf(w, `{"token_type":"Bearer","expires_in":3600,"access_token":%q}`, doubleToken)
 }
 
 // The commands of scripts. "double FILE" starts a server and puts its data
