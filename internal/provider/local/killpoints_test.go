@@ -47,6 +47,7 @@ func TestKilledAtEveryEffect(t *testing.T) {
 			for _, when := range []string{"before", "after"} {
 				points++
 				t.Run(fmt.Sprintf("%s/%02d %s %s", op.name, i+1, when, name), func(t *testing.T) {
+					t.Parallel()
 					w := newWorld(t, t.TempDir())
 					if op.there {
 						w.start(node0).sh("echo kept >/var/lib/waagent/mark")
@@ -66,7 +67,7 @@ func TestKilledAtEveryEffect(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("killed at %d points", points)
+	t.Logf("server killed at %d points", points)
 }
 
 // TestFirstProcessKilledAtEveryEffect does the same to the node's first process while it starts.
@@ -83,6 +84,7 @@ func TestFirstProcessKilledAtEveryEffect(t *testing.T) {
 	for i, name := range effects {
 		for _, when := range []string{"before", "after"} {
 			t.Run(fmt.Sprintf("%02d %s %s", i+1, when, name), func(t *testing.T) {
+				t.Parallel()
 				w := newWorld(t, t.TempDir())
 				// The start fails, or the node dies just after it: both are fine.
 				_ = serverProcess(w.dir, "start", fmt.Sprintf("KEYFLEET_TEST_INIT=KEYFLEET_KILL_AT=%s:%s", when, name))
@@ -91,7 +93,7 @@ func TestFirstProcessKilledAtEveryEffect(t *testing.T) {
 			})
 		}
 	}
-	t.Logf("killed at %d points", 2*len(effects))
+	t.Logf("first process killed at %d points", 2*len(effects))
 }
 
 // waitDead waits until the node's first process is gone.
@@ -101,7 +103,7 @@ func waitDead(t *testing.T, w *world) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lock.Close()
+	lock.Release()
 }
 
 // again repeats the operation in a new server and checks the end state.

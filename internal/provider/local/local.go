@@ -197,7 +197,7 @@ func (p *Provider) Stop(ctx context.Context, nodeID string) error {
 	if err != nil {
 		return fmt.Errorf("stopping node %s: %w", nodeID, err)
 	}
-	defer lock.Close()
+	defer lock.Release()
 	if err := namespace.Remove(f); err != nil {
 		return fmt.Errorf("removing node %s: %w", nodeID, err)
 	}
@@ -220,7 +220,7 @@ func (p *Provider) Restart(ctx context.Context, nodeID string) error {
 	if err != nil {
 		return fmt.Errorf("restarting node %s: %w", nodeID, err)
 	}
-	_ = lock.Close()
+	lock.Release()
 	// A newer program or another port of this server is taken up here.
 	n.Agent, n.Args, n.Env, n.Ports = p.cfg.Agent, p.cfg.AgentArgs, p.cfg.AgentEnv, p.ports
 	if err := namespace.Explain(namespace.Start(ctx, f, n, nil, p.cfg.InitEnv)); err != nil {
@@ -244,7 +244,7 @@ func (p *Provider) Reimage(ctx context.Context, n pool.NodeSpec) error {
 		return fmt.Errorf("reimaging node %s: %w", n.ID, err)
 	}
 	err = namespace.Wipe(f)
-	_ = lock.Close()
+	lock.Release()
 	if err != nil {
 		return fmt.Errorf("reimaging node %s: %w", n.ID, err)
 	}

@@ -27,6 +27,9 @@ const (
 	node1 = "74773db5fe1b42ab9a4b6cf679d929da000001"
 )
 
+// againAsUser is set in the run as an ordinary user that root's run starts.
+const againAsUser = "KEYFLEET_TEST_AGAIN_AS_USER"
+
 // TestAsOrdinaryUser runs every test of this package as user 65534, who has
 // nothing but user namespaces.
 func TestAsOrdinaryUser(t *testing.T) {
@@ -58,7 +61,7 @@ func TestAsOrdinaryUser(t *testing.T) {
 		cmd.Args = append(cmd.Args, "-test.short")
 	}
 	cmd.Dir = dir
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir + "/tmp", "TMPDIR=" + dir + "/tmp"}
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir + "/tmp", "TMPDIR=" + dir + "/tmp", againAsUser + "=1"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	out, err := cmd.CombinedOutput()
 	t.Logf("as uid 65534:\n%s", out)

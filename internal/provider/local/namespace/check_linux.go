@@ -40,7 +40,7 @@ func Check(ctx context.Context, agent string) error {
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer lock.Release()
 	return Explain(f.launch(ctx, n, lock, nil, probeArg))
 }
 

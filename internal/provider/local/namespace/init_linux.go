@@ -112,17 +112,20 @@ func writePID(f Folder) error {
 
 // startTime returns the start time of a process in clock ticks since boot,
 // field 22 of /proc/PID/stat (proc_pid_stat(5)): with the number, it names a
-// process for ever.
+// process for ever. A process that has ended and only waits to be collected is
+// os.ErrProcessDone.
 func startTime(pid string) (string, error) {
 	b, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
 	if err != nil {
 		return "", err
 	}
 	// The command in field 2 may hold spaces and brackets; it ends at the last bracket.
-	rest := string(b[strings.LastIndexByte(string(b), ')')+1:])
-	fields := strings.Fields(rest)
+	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
 	if len(fields) < 20 {
 		return "", fmt.Errorf("unexpected form of /proc/%s/stat", pid)
+	}
+	if state := fields[0]; state == "Z" || state == "X" {
+		return "", os.ErrProcessDone
 	}
 	return fields[19], nil
 }

@@ -206,6 +206,35 @@ func TestPID(t *testing.T) {
 	}
 }
 
+// TestLockIsReleased: a lock that was released is free although a process that
+// is just being started still has a copy of the file; one that was handed over is not.
+func TestLockIsReleased(t *testing.T) {
+	f := Folder(t.TempDir())
+	for _, c := range []struct {
+		reason string
+		let    func(*Lock)
+		free   bool
+	}{
+		{"released", (*Lock).Release, true},
+		{"handed over", (*Lock).handOver, false},
+	} {
+		lock, err := f.tryLock()
+		if err != nil || lock == nil {
+			t.Fatalf("%s: %v, %v", c.reason, lock, err)
+		}
+		held, err := unix.Dup(int(lock.file.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.let(lock)
+		running, err := f.Running()
+		if err != nil || running == c.free {
+			t.Errorf("%s: running %t, %v", c.reason, running, err)
+		}
+		_ = unix.Close(held)
+	}
+}
+
 // TestWipeIsFinished: a folder whose emptying was cut off is emptied before anything starts from it.
 func TestWipeIsFinished(t *testing.T) {
 	f := Folder(t.TempDir())

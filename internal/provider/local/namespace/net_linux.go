@@ -6,6 +6,7 @@ import (
 	"net"
 	"strconv"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -47,6 +48,9 @@ func setUpLoopback() error {
 	return nil
 }
 
+// acceptPause is the pause after a failed accept: out of descriptors, most likely.
+const acceptPause = 50 * time.Millisecond
+
 // forward listens on 127.0.0.1:port and joins every connection to the server's
 // socket, for as long as the node lives. A connection for which the server is
 // away is closed at once; the agent's own back-off does the rest.
@@ -59,6 +63,7 @@ func forward(port int) error {
 		for {
 			c, err := l.Accept()
 			if err != nil {
+				time.Sleep(acceptPause)
 				continue
 			}
 			go join(c.(*net.TCPConn))

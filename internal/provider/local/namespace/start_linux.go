@@ -33,14 +33,47 @@ func Start(ctx context.Context, f Folder, n Node, files []File, env []string) er
 	if err := effect.Do("make node folder", func() error { return os.MkdirAll(string(f), 0o700) }); err != nil {
 		return fmt.Errorf("making the node's folder: %w", err)
 	}
-	lock, err := f.tryLock()
-	if err != nil {
+	lock, err := f.lockUnlessRunning(ctx)
+	if err != nil || lock == nil {
 		return err
 	}
-	if lock == nil {
-		return nil
+	if err := f.startLocked(ctx, n, files, env, lock); err != nil {
+		lock.Release()
+		return err
 	}
-	defer lock.Close()
+	lock.handOver()
+	return nil
+}
+
+// lockUnlessRunning takes the node's lock; nil without an error means that the
+// node's first process lives. A lock that is held by something else is waited
+// for: a process that is just being started, or one that is just ending.
+func (f Folder) lockUnlessRunning(ctx context.Context) (*Lock, error) {
+	wait := time.NewTicker(lockLook)
+	defer wait.Stop()
+	for late := time.Now().Add(startTimeout); ; {
+		lock, err := f.tryLock()
+		if lock != nil || err != nil {
+			return lock, err
+		}
+		if _, err := f.PID(); err == nil {
+			return nil, nil
+		}
+		if time.Now().After(late) {
+			return nil, fmt.Errorf("waiting for the node's lock: %w", context.DeadlineExceeded)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("waiting for the node's lock: %w", ctx.Err())
+		case <-wait.C:
+		}
+	}
+}
+
+// lockLook is the time between looks at a lock that somebody holds.
+const lockLook = 2 * time.Millisecond
+
+func (f Folder) startLocked(ctx context.Context, n Node, files []File, env []string, lock *Lock) error {
 	if err := finishWipe(f); err != nil {
 		return fmt.Errorf("finishing to empty the node's folder: %w", err)
 	}
@@ -61,7 +94,7 @@ func Start(ctx context.Context, f Folder, n Node, files []File, env []string) er
 }
 
 // launch starts the first process with the lock and waits for its report.
-func (f Folder) launch(ctx context.Context, n Node, lock *os.File, env []string, args ...string) error {
+func (f Folder) launch(ctx context.Context, n Node, lock *Lock, env []string, args ...string) error {
 	console, err := os.OpenFile(f.Console(), os.O_CREATE|os.O_TRUNC|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return fmt.Errorf("opening the node's console: %w", err)
@@ -75,7 +108,7 @@ func (f Folder) launch(ctx context.Context, n Node, lock *os.File, env []string,
 	cmd := exec.Command(n.Agent, append([]string{"local-init", string(f)}, args...)...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = "/", console, console
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=/"}, env...)
-	cmd.ExtraFiles = []*os.File{lock, w} // lockFD, readyFD
+	cmd.ExtraFiles = []*os.File{lock.file, w} // lockFD, readyFD
 	cmd.SysProcAttr = namespaces(n.HostRoot)
 	err = effect.Do("start node", cmd.Start)
 	_ = w.Close()
@@ -122,16 +155,32 @@ func namespaces(hostRoot bool) *syscall.SysProcAttr {
 	return attr
 }
 
-// tryLock takes the node's lock; nil without an error means that the node's
-// first process holds it.
-func (f Folder) tryLock() (*os.File, error) {
+// Lock is a node's lock, held.
+//
+// It must be released in so many words. Closing the file is not enough: while
+// another node is started, the child that is about to become its first process
+// has a copy of every open file of this process, for as long as it takes to
+// run its program, and a flock lasts as long as the last copy (flock(2)).
+type Lock struct{ file *os.File }
+
+// Release gives the lock up, whoever has copies of the file.
+func (l *Lock) Release() {
+	_ = unix.Flock(int(l.file.Fd()), unix.LOCK_UN) // cannot fail on a lock that is held
+	_ = l.file.Close()
+}
+
+// handOver lets go of the file and leaves the lock to the first process.
+func (l *Lock) handOver() { _ = l.file.Close() }
+
+// tryLock takes the node's lock; nil without an error means that somebody holds it.
+func (f Folder) tryLock() (*Lock, error) {
 	lock, err := os.OpenFile(f.path("lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening the node's lock: %w", err)
 	}
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if err == nil {
-		return lock, nil
+		return &Lock{lock}, nil
 	}
 	_ = lock.Close()
 	if errors.Is(err, unix.EWOULDBLOCK) {
@@ -148,7 +197,7 @@ func (f Folder) Running() (bool, error) {
 	}
 	lock, err := f.tryLock()
 	if lock != nil {
-		_ = lock.Close()
+		lock.Release()
 	}
 	return lock == nil && err == nil, err
 }
@@ -176,10 +225,10 @@ func (f Folder) PID() (int, error) {
 }
 
 // Kill ends the node's first process, and so every process of the node. It
-// returns when all are gone, holding the node's lock, which the caller closes
-// when done with the folder. With a grace above zero the agent is asked to end first.
-func Kill(ctx context.Context, f Folder, polite bool) (lock *os.File, err error) {
-	wait := time.NewTicker(2 * time.Millisecond)
+// returns when all are gone, holding the node's lock, which the caller releases
+// when done with the folder. If polite, the agent is asked to end first.
+func Kill(ctx context.Context, f Folder, polite bool) (lock *Lock, err error) {
+	wait := time.NewTicker(lockLook)
 	defer wait.Stop()
 	for {
 		if lock, err = f.tryLock(); lock != nil || err != nil {
