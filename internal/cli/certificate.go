@@ -382,10 +382,11 @@ func (t *tool) certificateDeliveries() *cobra.Command {
 					derived("Newest", func(o object) string { return strconv.FormatBool(o.str("version") == newest) }),
 					t.timeAt("Since", "since"),
 					derived("Took", func(o object) string {
-						if s := o.str("seconds"); s != "" {
-							return s + "s"
+						sec, err := strconv.ParseFloat(o.str("seconds"), 64)
+						if err != nil {
+							return ""
 						}
-						return ""
+						return time.Duration(sec * float64(time.Second)).Round(time.Millisecond).String()
 					}),
 					field("Path", "path"),
 				},
