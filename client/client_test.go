@@ -184,39 +184,53 @@ func TestErrorBodiesOfAllProtocols(t *testing.T) {
 		exit    int
 	}{
 		{
-			"ARM with target and fix", 400, map[string]string{"x-ms-request-id": "r1", "x-ms-correlation-request-id": "c1"},
+			"ARM with target and fix", 400,
+			map[string]string{"x-ms-request-id": "r1", "x-ms-correlation-request-id": "c1"},
 			`{"error":{"code":"InvalidPropertyValue","message":"Bad.","target":"properties.vmSize","details":[{"code":"Reason","message":"No such size."},{"code":"Fix","message":"use another"}]}}`,
-			Error{Status: 400, Code: "InvalidPropertyValue", Message: "Bad.", Target: "properties.vmSize", Fix: "use another", Details: []Detail{{Code: "Reason", Message: "No such size."}}, RequestID: "r1", CorrelationID: "c1"}, ExitFailed,
+			Error{Status: 400, Code: "InvalidPropertyValue", Message: "Bad.", Target: "properties.vmSize", Fix: "use another", Details: []Detail{{Code: "Reason", Message: "No such size."}}, RequestID: "r1", CorrelationID: "c1"},
+			ExitFailed,
 		},
 		{
 			"Key Vault with an inner code", 403, nil,
 			`{"error":{"code":"Forbidden","message":"No.","innererror":{"code":"AccessDenied"}}}`,
-			Error{Status: 403, Code: "Forbidden", Inner: "AccessDenied", Message: "No."}, ExitDenied,
+			Error{Status: 403, Code: "Forbidden", Inner: "AccessDenied", Message: "No."},
+			ExitDenied,
 		},
 		{
-			"Batch data plane; the ids in its text are left out", 404, map[string]string{"request-id": "r2"},
+			"Batch data plane; the ids in its text are left out", 404,
+			map[string]string{"request-id": "r2"},
 			`{"odata.metadata":"x","code":"PoolNotFound","message":{"lang":"en-US","value":"The specified pool does not exist.\nRequestId:r2\nTime:2026"},"values":[{"key":"PropertyName","value":"id"}]}`,
-			Error{Status: 404, Code: "PoolNotFound", Message: "The specified pool does not exist.", RequestID: "r2", Target: "id"}, ExitNotFound,
+			Error{Status: 404, Code: "PoolNotFound", Message: "The specified pool does not exist.", RequestID: "r2", Target: "id"},
+			ExitNotFound,
 		},
 		{
 			"OAuth", 401, nil, `{"error":"invalid_client","error_description":"AADSTS7000215: Invalid client secret."}`,
-			Error{Status: 401, Code: "invalid_client", Message: "AADSTS7000215: Invalid client secret."}, ExitLogin,
+			Error{Status: 401, Code: "invalid_client", Message: "AADSTS7000215: Invalid client secret."},
+			ExitLogin,
 		},
 		{
 			"the node edge", 409, nil, `{"code":"TokenUsed","message":"Used.","fix":"ask for another"}`,
-			Error{Status: 409, Code: "TokenUsed", Message: "Used.", Fix: "ask for another"}, ExitConflict,
+			Error{Status: 409, Code: "TokenUsed", Message: "Used.", Fix: "ask for another"},
+			ExitConflict,
 		},
 		{
-			"no body: the status speaks", 503, map[string]string{"Retry-After": "7"}, ``,
-			Error{Status: 503, Code: "ServiceUnavailable", Message: "GET https://arm.example.com/x was answered with status 503.", RetryAfter: 7 * time.Second}, ExitFailed,
+			"no body: the status speaks", 503,
+			map[string]string{"Retry-After": "7"},
+			``,
+			Error{Status: 503, Code: "ServiceUnavailable", Message: "GET https://arm.example.com/x was answered with status 503.", RetryAfter: 7 * time.Second},
+			ExitFailed,
 		},
 		{
 			"not JSON", 502, nil, `<html>`,
-			Error{Status: 502, Code: "BadGateway", Message: "GET https://arm.example.com/x was answered with status 502."}, ExitFailed,
+			Error{Status: 502, Code: "BadGateway", Message: "GET https://arm.example.com/x was answered with status 502."},
+			ExitFailed,
 		},
 		{
-			"the header's code where the body has none", 412, map[string]string{"x-ms-error-code": "PreconditionFailed"}, `{}`,
-			Error{Status: 412, Code: "PreconditionFailed", Message: "GET https://arm.example.com/x was answered with status 412."}, ExitConflict,
+			"the header's code where the body has none", 412,
+			map[string]string{"x-ms-error-code": "PreconditionFailed"},
+			`{}`,
+			Error{Status: 412, Code: "PreconditionFailed", Message: "GET https://arm.example.com/x was answered with status 412."},
+			ExitConflict,
 		},
 	}
 	for _, tt := range tests {

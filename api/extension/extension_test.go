@@ -33,11 +33,15 @@ func TestStatusFilesOfOtherHandlers(t *testing.T) {
 		want      extension.Status
 		fails     bool
 	}{
-		{why: "numbers as version, null substatus, another time form", data: "\xef\xbb\xbf" + `[{"version":1.0,"timestampUTC":"2021-03-03T23:12:23.1234567","status":{"name":"x","operation":"Enable","status":"transitioning","substatus":null,"formattedMessage":{"lang":"en-US","message":"m"}}}, "ignored"]`,
-			want: extension.Status{Name: "x", Operation: "Enable", Status: "transitioning", FormattedMessage: extension.FormattedMessage{Lang: "en-US", Message: "m"}}},
+		{
+			why: "numbers as version, null substatus, another time form", data: "\xef\xbb\xbf" + `[{"version":1.0,"timestampUTC":"2021-03-03T23:12:23.1234567","status":{"name":"x","operation":"Enable","status":"transitioning","substatus":null,"formattedMessage":{"lang":"en-US","message":"m"}}}, "ignored"]`,
+			want: extension.Status{Name: "x", Operation: "Enable", Status: "transitioning", FormattedMessage: extension.FormattedMessage{Lang: "en-US", Message: "m"}},
+		},
 		{why: "a status word nobody knows is an error", data: `[{"status":{"status":"great","code":"7"}}]`, want: extension.Status{Status: "error", Code: 7}},
-		{why: "casing is forgiven", data: `[{"status":{"status":"Success","substatus":[{"name":"a","status":"odd","code":null}]}}]`,
-			want: extension.Status{Status: "success", Substatus: []extension.Substatus{{Name: "a", Status: "error"}}}},
+		{
+			why: "casing is forgiven", data: `[{"status":{"status":"Success","substatus":[{"name":"a","status":"odd","code":null}]}}]`,
+			want: extension.Status{Status: "success", Substatus: []extension.Substatus{{Name: "a", Status: "error"}}},
+		},
 		{why: "no status", data: `[{"version":"1.0"}]`, fails: true},
 		{why: "half a file", data: `[{"status":{"sta`, fails: true},
 		{why: "an empty array", data: `[]`, fails: true},

@@ -137,7 +137,7 @@ func (f *settings) logger() (*slog.Logger, error) {
 	case f.logFormat == "json", f.logFormat == "" && !terminal:
 		return slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level})), nil
 	case f.logFormat == "text", f.logFormat == "":
-		return slog.New(tint.NewHandler(os.Stderr, &tint.Options{Level: level, NoColor: !terminal || os.Getenv("NO_COLOR") != ""})), nil
+		return slog.New(tint.NewTextHandler(os.Stderr, &tint.Options{Level: level, NoColor: !terminal || os.Getenv("NO_COLOR") != ""})), nil
 	}
 	return nil, fault.New(fault.Invalid, "InvalidLogFormat", "The log format %q is not text or json.", f.logFormat)
 }

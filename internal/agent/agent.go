@@ -84,7 +84,7 @@ func New(cfg Config) (*Agent, error) {
 		fetch: make(chan struct{}, 1), work: make(chan struct{}, 1), news: make(chan struct{}, 1), contact: make(chan struct{}),
 		instances: map[string]*instance{}, uploads: map[string]bool{},
 	}
-	a.hints = newHints(a.delivered)
+	a.hints = newHints(a.delivered, a.revive)
 	a.bootID, a.booted = boot()
 	if err := a.openState(); err != nil {
 		return nil, err
@@ -143,6 +143,22 @@ func (a *Agent) Run(ctx context.Context) error {
 	loops.Go(func() { a.statusLoop(ctx) })
 	loops.Go(func() { a.reportLoop(ctx) })
 	return a.convergeLoop(ctx)
+}
+
+// revive enables an extension again whose process went away by itself: its
+// enable command starts what it needs.
+func (a *Agent) revive(name string) {
+	a.mu.Lock()
+	in := a.instances[name]
+	dead := in != nil && in.enabled >= 0
+	if dead {
+		in.enabled = -1
+	}
+	a.mu.Unlock()
+	if dead {
+		a.cfg.Log.Warn("an extension's process went away; enabling it again", "extension", name)
+		signal(a.work)
+	}
 }
 
 // Enrol makes this machine a node of the server, unless it is one already. It

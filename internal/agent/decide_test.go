@@ -165,8 +165,13 @@ func TestSequenceOf(t *testing.T) {
 		want           int
 		ok             bool
 	}{
-		{"3.settings", "", 3, true}, {"one.3.settings", "one", 3, true}, {"one.3.settings", "", 0, false},
-		{"3.settings", "one", 0, false}, {"x.settings", "", 0, false}, {"3.status", "", 0, false}, {".settings", "", 0, false},
+		{"3.settings", "", 3, true},
+		{"one.3.settings", "one", 3, true},
+		{"one.3.settings", "", 0, false},
+		{"3.settings", "one", 0, false},
+		{"x.settings", "", 0, false},
+		{"3.status", "", 0, false},
+		{".settings", "", 0, false},
 	} {
 		if got, ok := sequenceOf(c.file, c.instance); got != c.want || ok != c.ok {
 			t.Errorf("%s of %q: %d %v", c.file, c.instance, got, ok)

@@ -192,7 +192,9 @@ func TestRetryAfter(t *testing.T) {
 		spread float64
 		want   time.Duration
 	}{
-		{0, 1, time.Second}, {1, 1, 2 * time.Second}, {3, 0.5, 4 * time.Second},
+		{0, 1, time.Second},
+		{1, 1, 2 * time.Second},
+		{3, 0.5, 4 * time.Second},
 		{6, 1, time.Minute},         // the bound stops at the limit
 		{1000, 1, time.Minute},      // and nothing overflows
 		{5, 0, 0},                   // full jitter: at once is possible

@@ -22,6 +22,7 @@ import (
 // once, and a value that changed twice before it was written is written once.
 type hints struct {
 	deliver func(name string, d extension.Delivery) // called for every delivery line
+	lost    func(name string)                       // called when an extension that was connected stayed away for hintGrace
 	wg      sync.WaitGroup                          // accept and connection goroutines
 
 	mu     sync.Mutex // guards what follows and the points in it
@@ -34,6 +35,7 @@ type hintPoint struct {
 	listener *net.UnixListener
 	value    string
 	conns    map[*hintConn]bool
+	gone     chan struct{} // closed with the socket
 }
 
 // hintConn is one connection of an extension.
@@ -50,10 +52,11 @@ const (
 	maxDelivery    = 64 << 10 // bytes of a delivery line
 	maxCertificate = 1000     // certificates that one extension may report
 	hintTimeout    = 5 * time.Second
+	hintGrace      = 2 * time.Second // for an extension to connect again before it counts as dead
 )
 
-func newHints(deliver func(string, extension.Delivery)) *hints {
-	return &hints{deliver: deliver, points: map[string]*hintPoint{}}
+func newHints(deliver func(string, extension.Delivery), lost func(string)) *hints {
+	return &hints{deliver: deliver, lost: lost, points: map[string]*hintPoint{}}
 }
 
 // open makes the socket of an extension in its package's folder, which only
@@ -84,7 +87,7 @@ func (h *hints) open(name, dir, instance, value string) error {
 		l.Close()
 		return fmt.Errorf("making the hint socket private: %w", err)
 	}
-	p := &hintPoint{path: path, listener: l, value: clean(value), conns: map[*hintConn]bool{}}
+	p := &hintPoint{path: path, listener: l, value: clean(value), conns: map[*hintConn]bool{}, gone: make(chan struct{})}
 	h.points[name] = p
 	h.wg.Go(func() { h.accept(name, p) })
 	return nil
@@ -134,6 +137,7 @@ func (h *hints) close(name string) {
 
 func (p *hintPoint) close() {
 	p.listener.Close() // also removes the socket
+	close(p.gone)
 	for c := range p.conns {
 		c.conn.Close()
 	}
@@ -166,18 +170,22 @@ func (h *hints) accept(name string, p *hintPoint) {
 		}
 		p.conns[c] = true
 		h.mu.Unlock()
-		h.wg.Go(func() { h.write(p, c) })
+		h.wg.Go(func() { h.write(name, p, c) })
 		h.wg.Go(func() { h.read(name, c) })
 	}
 }
 
 // write sends the present value, and then every change, until the connection ends.
-func (h *hints) write(p *hintPoint, c *hintConn) {
+func (h *hints) write(name string, p *hintPoint, c *hintConn) {
 	defer func() {
 		c.conn.Close()
 		h.mu.Lock()
 		delete(p.conns, c)
+		last := len(p.conns) == 0
 		h.mu.Unlock()
+		if last {
+			h.miss(name, p)
+		}
 	}()
 	sent, first := "", true
 	for {
@@ -196,6 +204,24 @@ func (h *hints) write(p *hintPoint, c *hintConn) {
 		case <-c.done:
 			return
 		}
+	}
+}
+
+// miss waits whether the extension connects again, and says so if it does not:
+// its process died, and nobody else on the node would start it again.
+func (h *hints) miss(name string, p *hintPoint) {
+	t := time.NewTimer(hintGrace)
+	defer t.Stop()
+	select {
+	case <-p.gone:
+		return
+	case <-t.C:
+	}
+	h.mu.Lock()
+	away := h.points[name] == p && len(p.conns) == 0
+	h.mu.Unlock()
+	if away {
+		h.lost(name)
 	}
 }
 

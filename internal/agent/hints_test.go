@@ -82,7 +82,7 @@ func TestHintValueIsOneLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	h := newHints(func(string, extension.Delivery) {})
+	h := newHints(func(string, extension.Delivery) {}, func(string) {})
 	defer h.closeAll()
 	if err := h.open("x", dir, "", "a\nhint b"); err != nil {
 		t.Fatal(err)

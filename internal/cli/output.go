@@ -320,14 +320,6 @@ func (t *tool) when(at time.Time) string {
 	return at.UTC().Format(time.RFC3339)
 }
 
-// unix is when for Key Vault's seconds since 1970.
-func (t *tool) unix(sec *int64) string {
-	if sec == nil || *sec == 0 {
-		return ""
-	}
-	return t.when(time.Unix(*sec, 0))
-}
-
 // age prints a duration with one or two units: 3d4h, 5m, 12s.
 func age(d time.Duration) string {
 	d = d.Round(time.Second)

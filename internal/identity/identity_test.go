@@ -135,6 +135,7 @@ func TestClientCredentials(t *testing.T) {
 		{"a client id in capitals", with(func(c *Credentials) { c.ClientID = strings.ToUpper(c.ClientID) }), ""},
 		{"tenant common", with(func(c *Credentials) { c.Tenant = "common" }), ""},
 		{"tenant organizations", with(func(c *Credentials) { c.Tenant = "Organizations" }), ""},
+		{"tenant adfs, which az uses so as not to ask a public host", with(func(c *Credentials) { c.Tenant = "adfs" }), ""},
 		{"a resource with a trailing slash", with(func(c *Credentials) { c.Resource += "/" }), ""},
 		{"a resource by an alias", with(func(c *Credentials) { c.Resource = "https://VAULT.azure.cn" }), ""},
 		{"another tenant", with(func(c *Credentials) { c.Tenant = newGUID() }), "AADSTS90002"},

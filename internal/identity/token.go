@@ -174,10 +174,11 @@ func (s *Service) authenticate(ctx context.Context, c Credentials) (Application,
 }
 
 // checkTenant accepts the tenant's id and the names by which clients mean
-// "the one there is".
+// "the one there is". "adfs" is among them because a client that finds it in an
+// authority's path asks no public host whether the authority may be trusted.
 func (s *Service) checkTenant(t string) error {
 	switch t = strings.ToLower(t); t {
-	case strings.ToLower(s.tenant), "common", "organizations":
+	case strings.ToLower(s.tenant), "common", "organizations", "adfs":
 		return nil
 	}
 	return fault.New(fault.Invalid, "invalid_request",

@@ -45,9 +45,11 @@ func TestKilledAtEveryEffect(t *testing.T) {
 	}
 	kinds := slices.Compact(slices.Sorted(slices.Values(effects)))
 	t.Logf("covered %d kill points: %d effects of %d kinds, before and after each; the reader saw %d files, each with its key", points, len(effects), len(kinds), reads)
-	for _, kind := range []string{"write certificate file", "rename certificate file", "create certificate link", "switch certificate link",
+	for _, kind := range []string{
+		"write certificate file", "rename certificate file", "create certificate link", "switch certificate link",
 		"write reload hook note", "rename reload hook note", "run reload hook", "remove old certificate file", "remove leftover file",
-		"write status file", "rename status file", "create certificate directory", "write service identity"} {
+		"write status file", "rename status file", "create certificate directory", "write service identity",
+	} {
 		if !slices.Contains(kinds, kind) {
 			t.Errorf("the effect %q was not covered", kind)
 		}

@@ -260,7 +260,9 @@ func TestWhoMayAsk(t *testing.T) {
 		{"node that is gone", b.node("node9"), 404},
 	}
 	routes := []struct{ method, path, body string }{
-		{"GET", "/v1/goal", ""}, {"GET", "/v1/watch", ""}, {"POST", "/v1/renew", `{"csr":` + quote(csr(t, pki.P256)) + `}`},
+		{"GET", "/v1/goal", ""},
+		{"GET", "/v1/watch", ""},
+		{"POST", "/v1/renew", `{"csr":` + quote(csr(t, pki.P256)) + `}`},
 		{"GET", "/v1/packages/" + strings.Repeat("a", 64), ""},
 	}
 	for _, c := range callers {

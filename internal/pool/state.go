@@ -208,7 +208,7 @@ func sameReport(a, b *node.StatusReport) bool {
 			x.Status == y.Status && x.Code == y.Code && x.Message == y.Message && x.Operation == y.Operation &&
 			x.Skipped == y.Skipped && slices.Equal(x.Log, y.Log) && slices.Equal(x.Substatus, y.Substatus) &&
 			slices.EqualFunc(x.Certificates, y.Certificates, func(c, d node.Certificate) bool {
-				return c.Secret == d.Secret && c.Version == d.Version && c.Path == d.Path && c.Since.Equal(d.Since)
+				return c.Secret == d.Secret && c.Version == d.Version && c.Path == d.Path && c.Problem == d.Problem && c.Since.Equal(d.Since)
 			})
 	})
 }

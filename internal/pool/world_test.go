@@ -204,12 +204,15 @@ func (p *providerDouble) do(verb, id string, fn func()) error {
 func (p *providerDouble) Start(_ context.Context, n NodeSpec) error {
 	return p.do("start", n.ID, func() { p.nodes[n.ID] = true; p.tokens[n.ID] = n.Token })
 }
+
 func (p *providerDouble) Stop(_ context.Context, id string) error {
 	return p.do("stop", id, func() { delete(p.nodes, id) })
 }
+
 func (p *providerDouble) Restart(_ context.Context, id string) error {
 	return p.do("restart", id, func() {})
 }
+
 func (p *providerDouble) Reimage(_ context.Context, n NodeSpec) error {
 	return p.do("reimage", n.ID, func() { p.tokens[n.ID] = n.Token })
 }

@@ -7,10 +7,8 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"net"
-	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -58,25 +56,6 @@ func loadAuthority(ctx context.Context, s *store.Store, id, commonName string) (
 	}
 	return ca, nil
 }
-
-// agents signs client certificates of node agents.
-type agents struct{ ca *pki.CA }
-
-// IssueAgent implements nodeapi.Authority.
-func (a agents) IssueAgent(_ context.Context, nodeID string, pub crypto.PublicKey, life time.Duration) (string, error) {
-	now := time.Now()
-	chain, err := a.ca.Issue(pki.Template{
-		Subject: "CN=" + pki.EscapeSubject(nodeID), URIs: []*url.URL{{Scheme: "keyfleet", Host: "node", Path: "/" + nodeID}},
-		EKUs: []string{pki.ClientAuth}, KeyUsage: x509.KeyUsageDigitalSignature, NotBefore: now.Add(-pki.Backdate), NotAfter: now.Add(life),
-	}, pub)
-	if err != nil {
-		return "", fmt.Errorf("signing the certificate of node %s: %w", nodeID, err)
-	}
-	return string(pki.EncodeChain(chain[0])), nil
-}
-
-// CA implements nodeapi.Authority.
-func (a agents) CA() string { return string(a.ca.PEM()) }
 
 const (
 	serverCertificateLife = 7 * 24 * time.Hour

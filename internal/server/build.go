@@ -104,12 +104,12 @@ func (s *Server) buildPools(gate *access.Gate, packs *packages.Store) (err error
 }
 
 func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error) {
-	logs := nodeapi.LogDir(filepath.Join(s.cfg.DataDir, "node-logs"))
+	s.logs = nodeapi.LogDir(filepath.Join(s.cfg.DataDir, "node-logs"))
 	sessions := nodeapi.NewSwitchboard(nodeapi.SwitchboardConfig{
 		Announce: func(agent, session, kind string) bool { return s.edge.Announce(agent, session, kind) }, Log: s.log,
 	})
 	s.edge = nodeapi.New(nodeapi.Config{
-		Nodes: s.fleet, Authority: s.ca, Tokens: nodeTokens{s.fleet, s.identity}, Packages: packs, Logs: logs, Sessions: sessions, Log: s.log,
+		Nodes: s.fleet, Authority: s.ca, Tokens: nodeTokens{s.fleet, s.identity}, Packages: packs, Logs: s.logs, Sessions: sessions, Log: s.log,
 	})
 	var routes []azureapi.Route
 	routes = append(routes, login.Routes(login.Config{Identity: s.identity})...)
@@ -120,7 +120,7 @@ func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error
 	routes = append(routes, keyvault.Routes(keyvault.Config{Vaults: s.vaults, Clock: s.clock})...)
 	routes = append(routes, batch.Routes(batch.Config{Fleet: s.fleet, CAHash: s.ca.Hash()})...)
 	routes = append(routes, nodes.Routes(nodes.Config{
-		Gate: gate, AgentOf: s.agentOf, Sessions: sessions, Logs: logs, AskLogs: s.edge.AskLogs, Explain: s.explain,
+		Gate: gate, AgentOf: s.agentOf, Sessions: sessions, Logs: s.logs, AskLogs: s.edge.AskLogs, Explain: s.explain,
 	})...)
 	routes = append(routes, s.ownRoutes()...)
 	s.api, err = azureapi.New(azureapi.Config{

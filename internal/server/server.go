@@ -98,6 +98,7 @@ type Server struct {
 	local         *local.Provider
 	api           *azureapi.API
 	edge          *nodeapi.Edge
+	logs          nodeapi.LogDir       // last part of the logs of nodes' extensions
 	runnables     []reconcile.Runnable // while this server leads
 	metrics       *metrics
 
@@ -279,8 +280,22 @@ func (s *Server) loops() []func(context.Context) error {
 	return []func(context.Context) error{
 		s.edge.Run,
 		s.vaults.Run,
+		s.forgetLogs,
 		func(ctx context.Context) error { return reconcile.Lead(ctx, s.backend, s.store, s.runnables) },
 	}
+}
+
+// forgetLogs removes the kept logs of nodes that are gone.
+func (s *Server) forgetLogs(ctx context.Context) error {
+	return pool.Nodes.Follow(ctx, s.store, "", func(ch store.Change[pool.NodeWanted, pool.NodeSeen]) error {
+		if ch.Object != nil || ch.ID == "" {
+			return nil
+		}
+		if err := s.logs.Remove(ctx, ch.ID); err != nil {
+			s.log.Warn("the logs of a node that is gone could not be removed", "node", ch.ID, "error", err)
+		}
+		return nil
+	})
 }
 
 // stopServing ends open requests, giving them five seconds.

@@ -145,8 +145,10 @@ func (v *Vaults) CreateCertificate(ctx context.Context, vault, name string, poli
 func (v *Vaults) ask(obj *certificateObject, req request) {
 	req.ID, req.At = newVersion(), v.now()
 	obj.Spec.Request = req
-	obj.Status.Operation = Operation{RequestID: req.ID, Status: InProgress, Started: req.At, Issuer: obj.Spec.Policy.Issuer,
-		Details: "Pending certificate created. The certificate is about to be issued."}
+	obj.Status.Operation = Operation{
+		RequestID: req.ID, Status: InProgress, Started: req.At, Issuer: obj.Spec.Policy.Issuer,
+		Details: "Pending certificate created. The certificate is about to be issued.",
+	}
 }
 
 // writableCertificate finds the certificate that gets a new version, or a new one.

@@ -582,8 +582,12 @@ func TestDecide(t *testing.T) {
 		do        todo
 		after     time.Duration
 	}{
-		{"a request comes first", certificate{Request: request{ID: "r"}, Policy: Policy{Actions: []Action{renew}}},
-			certificateStatus{Current: "v1", Operation: Operation{RequestID: "r", Status: InProgress}}, now, toIssue, 0},
+		{
+			"a request comes first",
+			certificate{Request: request{ID: "r"}, Policy: Policy{Actions: []Action{renew}}},
+			certificateStatus{Current: "v1", Operation: Operation{RequestID: "r", Status: InProgress}},
+			now, toIssue, 0,
+		},
 		{"a finished request is over", certificate{Request: request{ID: "r"}}, certificateStatus{Operation: Operation{RequestID: "r", Status: Failed}}, now, nothing, 0},
 		{"not due", certificate{Policy: Policy{Actions: []Action{renew}}}, status(30 * day), now, nothing, 20 * day},
 		{"due to the second", certificate{Policy: Policy{Actions: []Action{renew}}}, status(30 * day), now.Add(20 * day), toRenew, 0},

@@ -3,7 +3,7 @@
 //
 // Idea: clients differ in which of the documents they fetch and which of the
 // two token endpoints they post to, so all are here, for the tenant's id and
-// for the names that mean "the tenant there is" (common, organizations).
+// for the names that mean "the tenant there is" (common, organizations, adfs).
 //
 //	GET  /{tenant}/discovery/instance                          may this authority be trusted (MSAL)
 //	GET  /{tenant}[/v2.0]/.well-known/openid-configuration     where the endpoints are

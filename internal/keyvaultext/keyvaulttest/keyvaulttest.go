@@ -13,6 +13,7 @@
 package keyvaulttest
 
 import (
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -148,7 +149,9 @@ func (s *Server) Client() *http.Client {
 	roots.AddCert(s.ca)
 	return &http.Client{Transport: &http.Transport{
 		TLSClientConfig: &tls.Config{RootCAs: roots},
-		Dial:            func(network, _ string) (net.Conn, error) { return net.Dial(network, s.vault.Listener.Addr().String()) },
+		DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, s.vault.Listener.Addr().String())
+		},
 	}}
 }
 

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -266,9 +265,6 @@ func (r *remote) sh(command string) string {
 	}
 	return a.Out
 }
-
-// alive reports whether a process of this number exists.
-func alive(pid int) bool { return syscall.Kill(pid, 0) == nil }
 
 // initPID is the number of a node's first process on this machine.
 func (w *world) initPID(id string) int {

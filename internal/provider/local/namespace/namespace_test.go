@@ -26,43 +26,63 @@ func TestExplain(t *testing.T) {
 	}{
 		{
 			"the kernel allows no user namespace at all",
-			stepError{"create namespaces", unix.ENOSPC}, facts{MaxUserNS: "0"}, "LocalNodesForbidden", "max_user_namespaces is 0", "sysctl -w user.max_user_namespaces",
+			stepError{"create namespaces", unix.ENOSPC},
+			facts{MaxUserNS: "0"},
+			"LocalNodesForbidden", "max_user_namespaces is 0", "sysctl -w user.max_user_namespaces",
 		},
 		{
 			"a limit is reached, which is not the same",
-			stepError{"create namespaces", unix.ENOSPC}, facts{MaxUserNS: "100", Root: true, SysAdmin: true}, "LocalNodesForbidden", "a limit", "Raise",
+			stepError{"create namespaces", unix.ENOSPC},
+			facts{MaxUserNS: "100", Root: true, SysAdmin: true},
+			"LocalNodesForbidden", "a limit", "Raise",
 		},
 		{
 			"Debian's switch is off",
-			stepError{"create namespaces", unix.EPERM}, facts{MaxUserNS: "100", Unprivileged: "0"}, "LocalNodesForbidden", "unprivileged_userns_clone is 0", "sysctl -w kernel.unprivileged_userns_clone=1",
+			stepError{"create namespaces", unix.EPERM},
+			facts{MaxUserNS: "100", Unprivileged: "0"},
+			"LocalNodesForbidden", "unprivileged_userns_clone is 0", "sysctl -w kernel.unprivileged_userns_clone=1",
 		},
 		{
 			"Ubuntu's AppArmor gives a namespace without rights: the first mount fails",
-			stepError{"make mounts private", unix.EACCES}, facts{MaxUserNS: "100", AppArmor: "1"}, "LocalNodesForbidden", "AppArmor", "apparmor_restrict_unprivileged_userns=0",
+			stepError{"make mounts private", unix.EACCES},
+			facts{MaxUserNS: "100", AppArmor: "1"},
+			"LocalNodesForbidden", "AppArmor", "apparmor_restrict_unprivileged_userns=0",
 		},
 		{
 			"root in a container has no CAP_SYS_ADMIN",
-			stepError{"create namespaces", unix.EPERM}, facts{Root: true, Container: true, SeccompFilter: true}, "LocalNodesForbidden", "CAP_SYS_ADMIN", "--privileged",
+			stepError{"create namespaces", unix.EPERM},
+			facts{Root: true, Container: true, SeccompFilter: true},
+			"LocalNodesForbidden", "CAP_SYS_ADMIN", "--privileged",
 		},
 		{
 			"a container's filter refuses the call",
-			stepError{"create namespaces", unix.EPERM}, facts{MaxUserNS: "100", SeccompFilter: true}, "LocalNodesForbidden", "seccomp", "--privileged",
+			stepError{"create namespaces", unix.EPERM},
+			facts{MaxUserNS: "100", SeccompFilter: true},
+			"LocalNodesForbidden", "seccomp", "--privileged",
 		},
 		{
 			"a container hides parts of /proc",
-			stepError{"mount proc", unix.EPERM}, facts{MaxUserNS: "100", Container: true}, "LocalNodesForbidden", "/proc", "--privileged",
+			stepError{"mount proc", unix.EPERM},
+			facts{MaxUserNS: "100", Container: true},
+			"LocalNodesForbidden", "/proc", "--privileged",
 		},
 		{
 			"the root is an initial RAM disk",
-			stepError{"change the root", unix.EINVAL}, facts{Root: true, SysAdmin: true}, "LocalNodesForbidden", "RAM disk", "disk",
+			stepError{"change the root", unix.EINVAL},
+			facts{Root: true, SysAdmin: true},
+			"LocalNodesForbidden", "RAM disk", "disk",
 		},
 		{
 			"nothing known explains it",
-			stepError{"create namespaces", unix.EPERM}, facts{Root: true, SysAdmin: true}, "LocalNodesForbidden", "chroot", "outside a chroot",
+			stepError{"create namespaces", unix.EPERM},
+			facts{Root: true, SysAdmin: true},
+			"LocalNodesForbidden", "chroot", "outside a chroot",
 		},
 		{
 			"a failure that no rule of the machine made is not called one",
-			stepError{"make /etc", unix.EIO}, facts{Root: true, SysAdmin: true}, "LocalNodeFailed", "make /etc", "doctor",
+			stepError{"make /etc", unix.EIO},
+			facts{Root: true, SysAdmin: true},
+			"LocalNodeFailed", "make /etc", "doctor",
 		},
 	} {
 		e := fault.From(explain(&c.step, c.facts))
@@ -140,8 +160,12 @@ func TestCopyTree(t *testing.T) {
 		mode os.FileMode
 		size int
 	}{
-		{"passwd", 0o644, 10}, {"shadow", 0o640, 10}, {"hosts", 0o644, 10}, {"ssl/openssl.cnf", 0o644, 10},
-		{"ssl/private/key", 0o644, 10}, {"udev/hwdb.bin", 0o644, maxEtcFile + 1},
+		{"passwd", 0o644, 10},
+		{"shadow", 0o640, 10},
+		{"hosts", 0o644, 10},
+		{"ssl/openssl.cnf", 0o644, 10},
+		{"ssl/private/key", 0o644, 10},
+		{"udev/hwdb.bin", 0o644, maxEtcFile + 1},
 	} {
 		path := filepath.Join(from, f.name)
 		for _, err := range []error{os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, make([]byte, f.size), f.mode), os.Chmod(path, f.mode)} {
