@@ -35,9 +35,6 @@ import (
 type job struct {
 	*system
 	root, pool string
-	clientID   string
-	identity   string
-	objectID   string
 	stop       chan struct{}
 	supervised sync.WaitGroup
 }
