@@ -293,6 +293,7 @@ func (r *Resizer) observe(ctx context.Context, p *Pool, now time.Time) {
 			c.Status, c.Reason, c.Message = false, x.Code, x.String()
 			break
 		}
+		c.Reason, c.Message = x.Code, x.String() // readable, and will never rotate
 	}
 	p.SetCondition(c, now)
 }
