@@ -78,6 +78,7 @@ func (s surface) management() []azureapi.Route {
 		row(http.MethodGet, inSub+"/vaults", "Microsoft.KeyVault/vaults/read", s.listVaults),
 		row(http.MethodGet, inGroup+"/managedhsms", "Microsoft.KeyVault/vaults/read", s.listHSMs),
 		row(http.MethodGet, inSub+"/managedhsms", "Microsoft.KeyVault/vaults/read", s.listHSMs),
+		row(http.MethodGet, inSub+"/deletedmanagedhsms", "Microsoft.KeyVault/vaults/read", s.listHSMs),
 		row(http.MethodGet, inSub+"/deletedvaults", "Microsoft.KeyVault/deletedVaults/read", s.listDeletedVaults),
 		row(http.MethodGet, deleted, "Microsoft.KeyVault/deletedVaults/read", s.getDeletedVault),
 		row(http.MethodPost, deleted+"/purge", "Microsoft.KeyVault/locations/deletedVaults/purge/action", s.purgeVault),

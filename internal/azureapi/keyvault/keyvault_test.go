@@ -391,6 +391,7 @@ func TestVaultOnTheWire(t *testing.T) {
 		sub := arm + "/subscriptions/042998e4-36dc-4b7d-8ce3-a7a2c4877d33/providers/Microsoft.KeyVault"
 		e.call("owner", "DELETE", one+v, "", 200)
 		e.call("owner", "DELETE", one+v, "", 204)
+		e.call("owner", "GET", sub+"/deletedManagedHSMs"+v, "", 200) // az keyvault list-deleted asks for both
 		golden(t, "deletedvault.json",
 			e.call("owner", "GET", sub+"/deletedVaults"+v, "", 200),
 			e.call("owner", "GET", sub+"/locations/eastus/deletedVaults/prod1"+v, "", 200),

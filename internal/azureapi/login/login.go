@@ -9,7 +9,7 @@
 //	GET  /{tenant}[/v2.0]/.well-known/openid-configuration     where the endpoints are
 //	GET  /{tenant}/discovery[/v2.0]/keys                       public signing keys (JWKS)
 //	POST /{tenant}/oauth2/v2.0/token                           scope=RESOURCE/.default
-//	POST /{tenant}/oauth2/token                                resource=RESOURCE (older clients)
+//	POST /{tenant}/oauth2/token                                resource=RESOURCE (older clients); with tenant adfs also scope=
 //
 // Invariant: a token leaves only after package identity has put it on record.
 //

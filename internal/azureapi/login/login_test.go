@@ -213,6 +213,14 @@ func TestTokenReplies(t *testing.T) {
 	s.golden(t, "v1", body, fmt.Sprintf(`{"token_type":"Bearer","expires_in":"3599","ext_expires_in":"3599","expires_on":"%d","not_before":"%d",
 	  "resource":"https://batch.keyfleet.internal:8443/","access_token":"TOKEN"}`, now.Unix()+3600, now.Unix()))
 
+	// AD FS: the v1 endpoint with a scope; az adds to the numbers.
+	status, body, _ = s.post(t, "/adfs/oauth2/token", form("scope", s.endpoint.ARM()+"/.default"))
+	if status != 200 {
+		t.Fatal(status, body)
+	}
+	body["access_token"] = "TOKEN"
+	s.golden(t, "adfs", body, `{"token_type":"Bearer","expires_in":3599,"ext_expires_in":3599,"access_token":"TOKEN"}`)
+
 	// The secret in the header.
 	r := httptest.NewRequest(http.MethodPost, s.endpoint.Login()+"/common/oauth2/v2.0/token",
 		strings.NewReader(url.Values{"grant_type": {"client_credentials"}, "scope": {s.endpoint.ARM() + "/.default"}}.Encode()))

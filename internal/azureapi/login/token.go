@@ -52,7 +52,8 @@ func (l login) token(v identity.Version) func(*azureapi.Request) (*azureapi.Repl
 		}
 		var body any
 		seconds := int64(t.Lifetime/time.Second) - 1 // as Entra ID does: whoever counts from receipt is never late
-		if v == identity.V2 {
+		// AD FS answers with numbers, and az adds to them.
+		if v == identity.V2 || strings.EqualFold(c.Tenant, "adfs") {
 			body = tokenV2{TokenType: "Bearer", ExpiresIn: seconds, ExtExpiresIn: seconds, AccessToken: t.Value.Reveal()}
 		} else {
 			s := strconv.FormatInt(seconds, 10)
