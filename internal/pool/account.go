@@ -49,10 +49,14 @@ func accountID(id arm.ID) error {
 	if !id.Is("Microsoft.Batch/batchAccounts") || id.ResourceGroup == "" {
 		return fault.New(fault.Invalid, "InvalidResourceID", "%q is not the id of a Batch account.", id.String())
 	}
-	if !accountName.MatchString(id.Name()) {
-		return fault.New(fault.Invalid, "InvalidResourceName", "The account name %q is not valid: 3 to 24 lower-case letters and digits are.", id.Name()).At("name")
+	if !accountName.MatchString(strings.ToLower(id.Name())) { // an account that is there is found in any casing
+		return invalidAccountName(id)
 	}
 	return nil
+}
+
+func invalidAccountName(id arm.ID) error {
+	return fault.New(fault.Invalid, "InvalidResourceName", "The account name %q is not valid: 3 to 24 lower-case letters and digits are.", id.Name()).At("name")
 }
 
 // Region is the location as it stands in host names: lower case, no blanks.
@@ -103,6 +107,9 @@ func (f *Fleet) putAccount(tx *store.Tx, id arm.ID, s AccountSpec) (_ *Account, 
 		}
 		a.Spec.Tags = s.Tags
 		return a, false, Accounts.Put(tx, a)
+	}
+	if !accountName.MatchString(id.Name()) {
+		return nil, false, invalidAccountName(id)
 	}
 	h := &store.Object[accountHost, struct{}]{Spec: accountHost{Account: id.StoreKey()}}
 	h.ID = s.Region() + "/" + strings.ToLower(id.Name())
