@@ -311,6 +311,10 @@ func (d *doctor) pool(ctx context.Context, account string, p object) int {
 			d.add("node.state", checkFailed, fix, "node %s of pool %s is %s", n.str("id"), name, state)
 		case "unknown":
 			d.add("node.state", checkAttention, fix, "node %s of pool %s is silent", n.str("id"), name)
+		default:
+			if errs := n.objects("errors"); len(errs) > 0 {
+				d.add("node.state", checkAttention, fix, "node %s of pool %s is %s: %s: %s", n.str("id"), name, state, errs[0].str("code"), strings.TrimSuffix(errs[0].str("message"), "."))
+			}
 		}
 	}
 	return len(nodes)
