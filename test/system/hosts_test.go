@@ -216,6 +216,11 @@ func TestHostJoinsServesAndIsReleased(t *testing.T) {
 		t.Errorf("the configuration is not there or holds the token: %v", err)
 	}
 
+	f.usedToken(t, func(m *machine) *exec.Cmd {
+		return m.start([]string{"KEYFLEET_TOKEN=" + tok.Token}, agent, "join", "--server", tok.Server, "--address", "127.0.0.1",
+			"--ca-hash", tok.CAHash, "--config", filepath.Join(m.dir, "agent.json"))
+	})
+
 	f.resize("hosts", 1)
 	id := f.idle(accountName, "westus2", "hosts", 1)[0]
 	f.host("in use")
@@ -259,6 +264,28 @@ func TestHostJoinsServesAndIsReleased(t *testing.T) {
 		t.Error("the certificate did not come back")
 	}
 	m.kill(a)
+}
+
+// usedToken: a second machine cannot join with a token that was used.
+func (f *fleet) usedToken(t *testing.T, join func(*machine) *exec.Cmd) {
+	t.Helper()
+	m := newMachine(t, f.Listen)
+	ended := make(chan error, 1)
+	cmd := join(m)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case err := <-ended:
+		if err == nil || !strings.Contains(m.log(), "token") {
+			t.Errorf("joining with a used token: %v\n%s", err, m.log())
+		}
+	case <-time.After(20 * time.Second):
+		t.Errorf("joining with a used token goes on\n%s", m.log())
+		_ = cmd.Process.Kill()
+	}
+	if _, err := os.Stat(filepath.Join(m.dir, "agent.json")); !os.IsNotExist(err) {
+		t.Errorf("a machine that may not join has a configuration: %v", err)
+	}
+	f.host("free") // still the only one
 }
 
 func (m *machine) target(link string) string {

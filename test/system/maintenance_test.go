@@ -221,12 +221,16 @@ func TestHealthAndMetrics(t *testing.T) {
 	s.vault(s.group("rg"), "vault1")
 	s.certificate("vault1", "web", nil)
 
-	get := func(ip, path string) (int, string) {
+	// An address, or a socket of the data directory.
+	get := func(where, path string) (int, string) {
 		t.Helper()
 		h := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
 			TLSClientConfig: s.Client.TLSConfig(), DisableKeepAlives: true, ForceAttemptHTTP2: true,
 			DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-				return (&net.Dialer{}).DialContext(ctx, network, net.JoinHostPort(ip, port))
+				if strings.HasPrefix(where, "/") {
+					return (&net.Dialer{}).DialContext(ctx, "unix", where)
+				}
+				return (&net.Dialer{}).DialContext(ctx, network, net.JoinHostPort(where, port))
 			},
 		}}
 		resp, err := h.Get(s.Client.ARM(path))
@@ -253,6 +257,10 @@ func TestHealthAndMetrics(t *testing.T) {
 	}
 	if !found || !strings.Contains(text, "# TYPE x509_cert_not_after gauge") {
 		t.Error("/metrics has no x509_cert_not_after of vault1's certificate web")
+	}
+	nodes := filepath.Join(s.Dir, "run", "server.sock") // where local nodes come in
+	if status, text := get(nodes, "/metrics"); status != http.StatusForbidden || strings.Contains(text, "x509") {
+		t.Errorf("/metrics through the socket of local nodes: %d", status)
 	}
 	ip := outerAddress()
 	if ip == "" {
