@@ -7,11 +7,15 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/storage/mvcc"
 
 	"keyfleet.dev/keyfleet/client"
 	"keyfleet.dev/keyfleet/test/stack"
@@ -294,4 +298,50 @@ func freePort(t *testing.T) string {
 	}
 	defer l.Close()
 	return l.Addr().String()
+}
+
+// TestExternalEtcd: with --etcd-endpoints the state is in that etcd, sealed, and
+// a new start on the same directory goes on from there.
+func TestExternalEtcd(t *testing.T) {
+	t.Parallel()
+	cfg := embed.NewConfig()
+	cfg.Dir, cfg.LogLevel = t.TempDir(), "fatal"
+	loopback := []url.URL{{Scheme: "http", Host: "127.0.0.1:0"}}
+	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls, cfg.ListenClientUrls, cfg.AdvertiseClientUrls = loopback, loopback, loopback, loopback
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	e, err := embed.StartEtcd(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(e.Close)
+	select {
+	case <-e.Server.ReadyNotify():
+	case <-time.After(30 * time.Second):
+		t.Fatal("etcd is not ready")
+	}
+	endpoint := "http://" + e.Clients[0].Addr().String()
+	s := start(t, stack.Config{Args: []string{"--etcd-endpoints", endpoint}})
+	s.vault(s.group("rg"), "vault1")
+	address := s.Client.Vault("vault1", "/secrets/db")
+	s.call(http.MethodPut, address, "7.4", object{"value": secretValue}, nil)
+	if _, err := os.Stat(filepath.Join(s.Dir, "etcd")); !os.IsNotExist(err) {
+		t.Errorf("the data directory holds an etcd of its own: %v", err)
+	}
+	stored, err := e.Server.KV().Range(s.ctx, []byte("/"), []byte("0"), mvcc.RangeOptions{})
+	if err != nil || len(stored.KVs) < 10 {
+		t.Fatalf("the etcd holds %d keys (%v)", len(stored.KVs), err)
+	}
+	for _, kv := range stored.KVs {
+		if bytes.Contains(kv.Value, []byte(secretValue)) {
+			t.Errorf("%s shows the secret", kv.Key)
+		}
+	}
+	s.Kill()
+	if err := s.Run(); err != nil {
+		t.Fatal(err)
+	}
+	var secret struct{ Value string }
+	if s.call(http.MethodGet, address, "7.4", nil, &secret); secret.Value != secretValue {
+		t.Errorf("after a restart the secret is %q", secret.Value)
+	}
 }
