@@ -45,7 +45,9 @@ func (f *Fleet) Goal(ctx context.Context, id string) (node.GoalState, error) {
 		return f.nodeGoal(tx, id, own, own.Revision)
 	}
 	g := node.GoalState{Revision: own.Revision, Node: id, Hosts: f.hosts(nil), Extensions: []node.Extension{}, Poll: pollSeconds, Action: host.Spec.Order}
-	if own.Spec.Node == "" {
+	// A host that gives everything back is told of no extension: it would put
+	// them on again between the release and the next goal state.
+	if own.Spec.Node == "" || (host.Spec.Order != nil && host.Spec.Order.Kind == "release") {
 		return g, nil
 	}
 	assigned, err := marks.Lookup(tx, nodeMark(own.Spec.Node))
