@@ -101,6 +101,7 @@ func (f *settings) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	slog.SetDefault(log) // for packages without a logger of their own: the leadership's lines
 	cfg := server.Config{DataDir: f.dataDir, Listen: f.listen, Domain: strings.ToLower(f.domain), EtcdEndpoints: f.etcd, Dev: f.dev, Log: log}
 	for _, text := range f.aliases {
 		a, err := azureapi.ParseAlias(text)

@@ -107,8 +107,10 @@ func newScanner(t *testing.T, all []*canary) *scanner {
 			t.Fatalf("canary %s has %d bytes: too short to be unique", c.name, len(c.value))
 		}
 		for _, w := range windows(c.value) {
-			seen := map[string]bool{}
-			for form, b := range forms(w) {
+			seen, all := map[string]bool{}, forms(w)
+			// Backwards, "raw" comes first: a form that changes nothing goes by that name.
+			for _, form := range slices.Backward(slices.Sorted(maps.Keys(all))) {
+				b := all[form]
 				s.forms[form] = true
 				if seen[string(b)] {
 					continue
@@ -185,6 +187,7 @@ func (s *scanner) control(t *testing.T, all []*canary) (planted int) {
 func (h *hunt) searchAll(s *scanner, procs *processes) (files, belong int) {
 	h.T.Helper()
 	found := map[string]int{} // canary -> finds where it belongs
+	told := map[string]bool{} // one line for each canary, form and place
 	search := func(place, path string, data []byte) {
 		s.search(data, func(p pattern, at int) {
 			if path != "" && p.canary.allowed != nil && p.canary.allowed(path) {
@@ -192,7 +195,10 @@ func (h *hunt) searchAll(s *scanner, procs *processes) (files, belong int) {
 				belong++
 				return
 			}
-			h.T.Errorf("%s: %s, as %s, at byte %d", place, p.canary.name, p.form, at)
+			if what := place + ": " + p.canary.name + ", as " + p.form; !told[what] {
+				told[what] = true
+				h.T.Errorf("%s, first at byte %d", what, at)
+			}
 		})
 	}
 	files = h.searchFiles(search)
