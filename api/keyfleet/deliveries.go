@@ -21,5 +21,6 @@ type Delivery struct {
 	Version   string    `json:"version"`
 	Path      string    `json:"path"`              // link that consumers read
 	Since     time.Time `json:"since"`             // when the link was switched, by the node's clock
+	Problem   string    `json:"problem,omitempty"` // why the last fetch failed
 	Seconds   float64   `json:"seconds,omitempty"` // from Issued to Since, where the node has the newest version
 }

@@ -69,7 +69,7 @@ type Timeouts struct {
 	Install    time.Duration // install, update, disable; 15 min
 	Enable     time.Duration // enable, uninstall; 5 min
 	Dependency time.Duration // until an extension that others depend on succeeds; 90 min
-	Retry      time.Duration // before a failed extension is tried again, doubled up to 15 times as much; 1 min
+	Retry      time.Duration // before a failed extension is tried again, doubled up to 180 times as much; 5 s
 	Poll       time.Duration // between looks at status files; 250 ms
 	Report     time.Duration // between reports without news; 30 s
 	Unreadable time.Duration // how long a status file may be half written; 10 s
@@ -149,7 +149,7 @@ func (t *Timeouts) complete() {
 	def(&t.Install, 15*time.Minute)
 	def(&t.Enable, 5*time.Minute)
 	def(&t.Dependency, 90*time.Minute)
-	def(&t.Retry, time.Minute)
+	def(&t.Retry, 5*time.Second)
 	def(&t.Poll, 250*time.Millisecond)
 	def(&t.Report, 30*time.Second)
 	def(&t.Unreadable, 10*time.Second)

@@ -26,7 +26,7 @@ const (
 	codeEnable           = 1009
 	codeDisable          = 1010
 	heartbeatLife        = 600 * time.Second
-	maxRetryFactor       = 15
+	maxRetryFactor       = 180
 	longestConvergeSleep = time.Hour
 )
 

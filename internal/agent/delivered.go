@@ -31,6 +31,10 @@ func (a *Agent) delivered(name string, d extension.Delivery) {
 		return
 	}
 	in.certs[key] = c
+	if c.Problem == "" { // what stood in the way of the secret is over
+		delete(in.certs, d.Secret+"\n")
+		in.certs[key] = c
+	}
 	signal(a.news)
 	if c.Version != "" && filepath.IsAbs(c.Path) && !slices.Contains(a.links, c.Path) {
 		a.links = append(a.links, c.Path)

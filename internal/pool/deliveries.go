@@ -15,6 +15,7 @@ type Delivery struct {
 	Version   string    // on the node now
 	Path      string    // link that consumers read
 	Since     time.Time // when the link was switched to the version, by the node's clock
+	Problem   string    // why the last fetch failed; then Version is what is there still, or empty
 }
 
 // Deliveries lists where a secret is: every node whose agent reported a version
@@ -37,7 +38,7 @@ func (f *Fleet) Deliveries(ctx context.Context, vault, secret string) ([]Deliver
 			for _, c := range e.Certificates {
 				v, s, _, ok := f.cfg.Changes.Resolve(c.Secret)
 				if ok && strings.EqualFold(v, vault) && strings.EqualFold(s, secret) {
-					out = append(out, Delivery{Pool: n.Spec.PoolID, Node: n.ID, Extension: e.Name, Secret: c.Secret, Version: c.Version, Path: c.Path, Since: c.Since})
+					out = append(out, Delivery{Pool: n.Spec.PoolID, Node: n.ID, Extension: e.Name, Secret: c.Secret, Version: c.Version, Path: c.Path, Since: c.Since, Problem: c.Problem})
 				}
 			}
 		}

@@ -89,7 +89,7 @@ func (s *Server) deliveries(r *azureapi.Request) (*azureapi.Reply, error) {
 	}
 	out := keyfleet.Deliveries{Vault: vaultName, Certificate: name, Version: cert.Version, Issued: cert.Issued, Nodes: []keyfleet.Delivery{}}
 	for _, d := range list {
-		w := keyfleet.Delivery{Pool: d.Pool, Node: d.Node, Extension: d.Extension, Secret: d.Secret, Version: d.Version, Path: d.Path, Since: d.Since}
+		w := keyfleet.Delivery{Pool: d.Pool, Node: d.Node, Extension: d.Extension, Secret: d.Secret, Version: d.Version, Path: d.Path, Since: d.Since, Problem: d.Problem}
 		if d.Version == cert.Version && d.Since.After(cert.Issued) {
 			w.Seconds = d.Since.Sub(cert.Issued).Seconds()
 		}

@@ -138,6 +138,9 @@ func Start(t testing.TB, cfg Config) *Stack {
 		s.Dir = dir
 	}
 	t.Cleanup(func() {
+		if t.Failed() && !cfg.Quiet {
+			s.printConsoles()
+		}
 		s.Stop()
 		if t.Failed() && !cfg.Quiet {
 			t.Logf("server log:\n%s", s.log.tail(16<<10))
@@ -155,6 +158,16 @@ func Start(t testing.TB, cfg Config) *Stack {
 	}
 	t.Cleanup(s.Client.Close)
 	return s
+}
+
+// printConsoles logs what the nodes' first processes and agents have said.
+func (s *Stack) printConsoles() {
+	files, _ := filepath.Glob(filepath.Join(s.Dir, "nodes", "*", "console.log"))
+	for _, f := range files {
+		if b, err := os.ReadFile(f); err == nil {
+			s.T.Logf("%s:\n%s", f, b[max(0, len(b)-8<<10):])
+		}
+	}
 }
 
 // Run starts the process (again) and waits for its ready line. It returns an
