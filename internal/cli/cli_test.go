@@ -147,6 +147,31 @@ func TestFixCommandsExist(t *testing.T) {
 	t.Logf("%d commands checked", found)
 }
 
+// Every command line in the README and the pages must exist, with its flags.
+func TestDocumentedCommandsExist(t *testing.T) {
+	pages, err := filepath.Glob("../../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, page := range append(pages, "../../README.md") {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, line := range strings.Split(string(text), "\n") {
+			line = strings.TrimPrefix(strings.TrimPrefix(strings.TrimSpace(line), "$ "), "bin/")
+			if m := typedCommand.FindString(line); m != "" && strings.HasPrefix(line, m) && !strings.HasSuffix(page, "cli.md") {
+				found++
+				checkCommand(t, page, m)
+			}
+		}
+	}
+	if found < 20 {
+		t.Errorf("only %d command lines were found in the pages", found)
+	}
+}
+
 // typedCommand finds commands in messages: from the program's name and a known
 // noun to the end of the command.
 var typedCommand = regexp.MustCompile(`keyfleet (?:account|application|audit|certificate|context|dev|doctor|extension|group|host|hosts|identity|login|logout|node|pool|role|secret|subscription|vault|version|%s)\b[^,;"()` + "`" + `]*`)

@@ -35,6 +35,7 @@ type Config struct {
 	Args  []string // further arguments of the server
 	Env   []string // further environment of the server, KEY=VALUE
 	Quiet bool     // do not print the server's log when the test fails
+	Dies  bool     // the server may die before it is ready; it is started once more, without being told to die
 }
 
 // Stack is a running server. Make it with [Start].
@@ -146,7 +147,11 @@ func Start(t testing.TB, cfg Config) *Stack {
 			t.Logf("server log:\n%s", s.log.tail(16<<10))
 		}
 	})
-	if err := s.Run(cfg.Env...); err != nil {
+	err := s.Run(cfg.Env...)
+	if err != nil && cfg.Dies {
+		err = s.Run("KEYFLEET_KILL_AT=")
+	}
+	if err != nil {
 		t.Fatalf("%v\n%s", err, s.log.tail(8<<10))
 	}
 	cc, err := client.FromAdmin(s.Dir)

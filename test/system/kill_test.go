@@ -67,7 +67,7 @@ func (j *job) finish() {
 // again repeats a call while the server is away or coming back.
 func (j *job) again(what string, call func(ctx context.Context) error) {
 	j.T.Helper()
-	stack.Eventually(j.T, time.Minute, what, func(ctx context.Context) error {
+	stack.Eventually(j.T, 2*time.Minute, what, func(ctx context.Context) error {
 		err := call(ctx)
 		var e *client.Error
 		if errors.As(err, &e) && e.Status >= 400 && e.Status < 500 && e.Status != 409 && e.Status != 429 {

@@ -33,7 +33,7 @@ func newJob(t *testing.T, bin string, serverEnv, nodeEnv []string) *job {
 		serverEnv = append(serverEnv, "KEYFLEET_NODE_ENV="+strings.Join(nodeEnv, ";"))
 	}
 	j := &job{system: &system{}}
-	j.system = start(t, stack.Config{Bin: bin, Env: serverEnv})
+	j.system = start(t, stack.Config{Bin: bin, Env: serverEnv, Dies: true})
 	j.supervise()
 	t.Cleanup(j.finish)
 	return j
