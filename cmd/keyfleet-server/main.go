@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -36,6 +37,9 @@ var version = "development"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	// A server mostly holds idle connections of agents; collecting earlier halves
+	// what a wave of their handshakes leaves behind, for little processor time.
+	debug.SetGCPercent(50)
 	if err := command().ExecuteContext(ctx); err != nil {
 		report(err)
 		os.Exit(1)

@@ -55,6 +55,8 @@ func (a *agent) nodeURL(path string) string { return a.sys.Client.Endpoints().No
 
 // transport dials the server for every name, with the agent's own certificate.
 func (a *agent) transport(config *tls.Config) *http.Transport {
+	config = config.Clone()
+	config.NextProtos = []string{"http/1.1"}
 	return &http.Transport{TLSClientConfig: config, DialContext: a.sys.Client.DialContext, MaxIdleConnsPerHost: 1, IdleConnTimeout: time.Minute}
 }
 

@@ -307,7 +307,7 @@ func simulatedAgents(t *testing.T, out *table) {
 		a.client.CloseIdleConnections()
 		a.flipped = flip.note
 	}
-	settle := func() (float64, float64) { time.Sleep(3 * time.Second); return memory(t, b.PID()), b.goroutines() }
+	settle := func() (float64, float64) { time.Sleep(5 * time.Second); return memory(t, b.PID()), b.goroutines() }
 	rss0, gor0 := settle()
 	ready := make(chan struct{}, watches)
 	for _, a := range agents {
