@@ -383,8 +383,10 @@ func (h *hunt) applications() {
 	h.send(request{why: "broken form", method: "POST", url: v2, header: form, body: body(h.inventWord("client secret in a broken form")) + "&%zz", want: 400})
 	h.send(request{why: "secret as a scope", method: "POST", url: v2, header: form, body: "grant_type=client_credentials&client_id=" + app.AppID + "&client_secret=" + h.inventWord("client secret with a bad scope"), want: 400})
 	basic := base64.StdEncoding.EncodeToString([]byte(app.AppID + ":" + h.inventWord("client secret in the header")))
-	h.send(request{why: "wrong secret in the header", method: "POST", url: v2, header: map[string]string{"Content-Type": form["Content-Type"], "Authorization": "Basic " + basic},
-		body: "grant_type=client_credentials&scope=https://" + e.VaultSuffix + "/.default", want: 401})
+	h.send(request{
+		why: "wrong secret in the header", method: "POST", url: v2, header: map[string]string{"Content-Type": form["Content-Type"], "Authorization": "Basic " + basic},
+		body: "grant_type=client_credentials&scope=https://" + e.VaultSuffix + "/.default", want: 401,
+	})
 }
 
 // pool makes a pool with the Key Vault extension and ours, and waits for its node.
@@ -466,8 +468,10 @@ func (h *hunt) badRequests(pool string) {
 	} {
 		h.send(request{why: why, method: "PUT", url: arm, body: fmt.Sprintf(extension, fmt.Sprintf(protected, quote(h.inventWord(why)))), want: 400})
 	}
-	h.send(request{why: "import", method: "POST", url: h.Client.Vault("vault1", "/certificates/imported/import?api-version=7.4"),
-		body: `{"value":` + quote(h.inventWord("imported value")) + `,"pwd":` + quote(h.inventWord("import password")) + `}`, want: 405})
+	h.send(request{
+		why: "import", method: "POST", url: h.Client.Vault("vault1", "/certificates/imported/import?api-version=7.4"),
+		body: `{"value":` + quote(h.inventWord("imported value")) + `,"pwd":` + quote(h.inventWord("import password")) + `}`, want: 405,
+	})
 	for why, url := range map[string]string{"wrong token at ARM": arm, "wrong token at a vault": secret, "wrong token at Batch": h.batchURL("/pools")} {
 		h.send(request{why: why, method: "GET", url: url, header: map[string]string{"Authorization": "Bearer " + h.inventWord(why)}, want: 401})
 	}
