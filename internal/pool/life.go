@@ -87,7 +87,7 @@ func (f *Fleet) providerOf(ctx context.Context, p *Pool, n *Node) (Provider, err
 // Reconcile implements reconcile.Reconciler: start what is not running, carry
 // out an order, write down the state.
 func (l *Lives) Reconcile(ctx context.Context, s *store.Store, n *Node) (reconcile.Result, error) {
-	f, now := l.fleet, l.fleet.cfg.Now().UTC()
+	f := l.fleet
 	p, err := Pools.Lookup(s.View(ctx), n.Spec.Pool)
 	if err != nil {
 		return reconcile.Result{}, err
@@ -110,7 +110,7 @@ func (l *Lives) Reconcile(ctx context.Context, s *store.Store, n *Node) (reconci
 			return again, err
 		}
 	}
-	now = f.cfg.Now().UTC()
+	now := f.cfg.Now().UTC()
 	f.settleWith(p, n, now)
 	return reconcile.Result{After: sooner(again.After, l.nextLook(n, now))}, nil
 }
