@@ -60,6 +60,7 @@ type Backend struct {
 	log     *slog.Logger
 	lock    *os.File // on Config.Dir; nil without one
 
+	reading sync.RWMutex    // held for reading by reads, for writing while Close ends them
 	closing context.Context // ends when Close begins
 	close   func() error
 }
@@ -88,6 +89,8 @@ func Open(ctx context.Context, c Config) (*Backend, error) {
 	}
 	b.close = sync.OnceValue(func() error {
 		stop()
+		b.reading.Lock() // reads that were under way have ended; later ones see closing
+		defer b.reading.Unlock()
 		defer b.unlock()
 		err := b.client.Close()
 		if errors.Is(err, context.Canceled) {

@@ -23,9 +23,13 @@ func (b *Backend) Get(ctx context.Context, keys ...string) ([]store.Entry, int64
 	defer cancel()
 	ops := make([]clientv3.Op, len(keys))
 	for i, k := range keys {
-		ops[i] = clientv3.OpGet(k)
+		ops[i] = clientv3.OpGet(k, b.consistency()...)
 	}
-	resp, err := b.client.Txn(ctx).Then(ops...).Commit()
+	var resp *clientv3.TxnResponse
+	err := b.read(ctx, func() (err error) {
+		resp, err = b.client.Txn(ctx).Then(ops...).Commit()
+		return err
+	})
 	if err != nil {
 		return nil, 0, b.explain(ctx, "reading", err)
 	}
@@ -37,6 +41,32 @@ func (b *Backend) Get(ctx context.Context, keys ...string) ([]store.Entry, int64
 		}
 	}
 	return out, resp.Header.Revision, nil
+}
+
+// consistency is how reads see every acknowledged write. In a cluster that needs
+// a round through raft. The one member of an embedded etcd has applied what it
+// acknowledged, and [Open] has made a write (settle), which comes after what was
+// on disk, so its own copy is the newest there is.
+func (b *Backend) consistency() []clientv3.OpOption {
+	if b.server == nil {
+		return nil
+	}
+	return []clientv3.OpOption{clientv3.WithSerializable()}
+}
+
+// read runs a read unless ctx or the backend has ended. A read of the embedded
+// copy does not notice either by itself, and must not meet a closed database,
+// so [Backend.Close] waits for it.
+func (b *Backend) read(ctx context.Context, fn func() error) error {
+	b.reading.RLock()
+	defer b.reading.RUnlock()
+	if err := b.closing.Err(); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return fn()
 }
 
 func entry(kv *mvccpb.KeyValue) store.Entry {
@@ -83,7 +113,11 @@ func (b *Backend) scan(ctx context.Context, prefix string, rev int64, fn func(*m
 func (b *Backend) page(ctx context.Context, from, end string, rev int64) (*clientv3.GetResponse, error) {
 	ctx, cancel := b.limit(ctx)
 	defer cancel()
-	resp, err := b.client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(rev))
+	var resp *clientv3.GetResponse
+	err := b.read(ctx, func() (err error) {
+		resp, err = b.client.Get(ctx, from, append(b.consistency(), clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(rev))...)
+		return err
+	})
 	if errors.Is(err, rpctypes.ErrCompacted) { // somebody compacted between two pages
 		return nil, fault.New(fault.Unavailable, "", "The store was compacted while it was read.").After(time.Second).Because(err)
 	}
