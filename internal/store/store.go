@@ -105,7 +105,8 @@ type Backend interface {
 	// the writes may have been applied or not.
 	Commit(ctx context.Context, guards []Guard, writes []Write) (int64, error)
 	// Watch delivers all changes under prefix after the revision, in order,
-	// until ctx ends (then the channel is closed) or a Batch with Err.
+	// until ctx ends (then the channel is closed) or a Batch with Err. What a
+	// Batch tells is there: a read that starts after it never shows less.
 	Watch(ctx context.Context, prefix string, after int64) <-chan Batch
 	// Close releases what the backend holds. Calls after Close fail.
 	Close() error

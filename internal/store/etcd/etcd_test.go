@@ -244,8 +244,9 @@ func TestFullStoreRefusesChangesAndSaysSo(t *testing.T) {
 	b := open(t, Config{Dir: dir, Quota: 6 << 20})
 	big := strings.Repeat("x", 512<<10)
 	var err error
-	for i := 0; err == nil && i < 64; i++ {
-		_, err = b.Commit(t.Context(), nil, []store.Write{put(fmt.Sprintf("/t/%d", i), big)})
+	// etcd compares its file with the quota, and writes the file ten times a second.
+	for i, end := 0, time.Now().Add(15*time.Second); err == nil && time.Now().Before(end); i++ {
+		_, err = b.Commit(t.Context(), nil, []store.Write{put(fmt.Sprintf("/t/%d", i%16), big)})
 	}
 	if !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "is full") || fault.From(err).Fix == "" {
 		t.Fatalf("writing beyond the quota: %v", err)
@@ -263,5 +264,35 @@ func TestFullStoreRefusesChangesAndSaysSo(t *testing.T) {
 	commit(t, b, put("/t/again", big))
 	if err := b.Health(t.Context()); err != nil {
 		t.Errorf("Health with a larger quota: %v", err)
+	}
+}
+
+// TestToldIsShown gives etcd many watches to tell of each change: the first
+// hear of it long before the change's transaction ends.
+func TestToldIsShown(t *testing.T) {
+	b := open(t, Config{Dir: t.TempDir()})
+	start := commit(t, b, put("/t/start", "0"))
+	for range 5000 {
+		b.client.Watch(t.Context(), "/t/", clientv3.WithPrefix(), clientv3.WithRev(start+1))
+	}
+	ours := b.Watch(t.Context(), "/t/", start)
+	go func() { // ends with its last commit
+		for i := range 50 {
+			if _, err := b.Commit(t.Context(), nil, []store.Write{put(fmt.Sprintf("/t/%03d", i), "v")}); err != nil {
+				t.Errorf("committing: %v", err)
+			}
+		}
+	}()
+	for n := 0; n < 50; {
+		batch := within(t, ours)
+		if batch.Err != nil {
+			t.Fatal(batch.Err)
+		}
+		for _, ev := range batch.Events {
+			if es, at, err := b.Get(t.Context(), ev.Key); err != nil || es[0].ModRev != ev.ModRev {
+				t.Errorf("told of %s at revision %d, but a read at %d shows revision %d: %v", ev.Key, ev.ModRev, at, es[0].ModRev, err)
+			}
+		}
+		n += len(batch.Events)
 	}
 }

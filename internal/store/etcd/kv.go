@@ -253,6 +253,9 @@ func (b *Backend) watchOnce(ctx context.Context, prefix string, after *int64, se
 		if len(resp.Events) == 0 {
 			continue
 		}
+		if err := b.shown(ctx, resp.Events[len(resp.Events)-1].Kv.ModRevision); err != nil {
+			break
+		}
 		if !send(store.Batch{Events: events(resp.Events)}) {
 			return false
 		}
@@ -262,6 +265,24 @@ func (b *Backend) watchOnce(ctx context.Context, prefix string, after *int64, se
 		return send(store.Batch{Err: errClosed})
 	}
 	return true
+}
+
+// shown waits until reads show the revision that a watch told of. etcd tells its
+// watches of a change just before it ends the change's transaction, so a read of
+// the embedded copy may come too early; a read through raft waits for all that
+// is committed. Those of a cluster are such reads.
+func (b *Backend) shown(ctx context.Context, rev int64) error {
+	if b.server == nil {
+		return nil
+	}
+	var now int64
+	if err := b.read(ctx, func() error { now = b.server.etcd.Server.KV().Rev(); return nil }); err != nil || now >= rev {
+		return err
+	}
+	ctx, cancel := b.limit(ctx)
+	defer cancel()
+	_, err := b.client.Get(ctx, store.IncarnationKey, clientv3.WithCountOnly())
+	return err
 }
 
 func events(in []*clientv3.Event) []store.Event {

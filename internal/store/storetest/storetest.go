@@ -55,6 +55,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Backend) {
 		{"ManyWritesInOneCommit", testManyWrites},
 		{"TTL", testTTL},
 		{"WatchOrderAndPrefix", testWatch},
+		{"WatchShowsWhatReadsShow", testWatchedIsVisible},
 		{"WatchResumes", testWatchResumes},
 		{"WatchEndsWithItsContext", testWatchEnds},
 		{"WatchOfCompactedRevision", testCompacted},

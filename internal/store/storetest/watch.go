@@ -51,6 +51,60 @@ func testWatch(t *testing.T, b store.Backend) {
 	}
 }
 
+// testWatchedIsVisible reads at once what a watch told, as a controller does: a
+// read from before the change would make it forget the object for good.
+func testWatchedIsVisible(t *testing.T, b store.Backend) {
+	const writers, each, watches = 16, 60, 64
+	start := commit(t, b, put("/t/start", "0"))
+	ctx := deadline(t)
+	done := make(chan error, writers+watches)
+	for range watches {
+		watch := b.Watch(ctx, "/t/", start)
+		go func() { done <- readWatched(ctx, b, watch, writers*each) }()
+	}
+	for w := range writers {
+		go func() {
+			for i := range each {
+				if _, err := b.Commit(ctx, nil, []store.Write{put(fmt.Sprintf("/t/%02d-%04d", w, i), "v")}); err != nil {
+					done <- err
+					return
+				}
+			}
+			done <- nil
+		}()
+	}
+	for range writers + watches {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// readWatched reads the key of each of n events by Get and by List.
+func readWatched(ctx context.Context, b store.Backend, watch <-chan store.Batch, n int) error {
+	for n > 0 {
+		batch, ok := <-watch
+		if !ok || batch.Err != nil {
+			return fmt.Errorf("the watch ended with %d events to come: %w", n, batch.Err)
+		}
+		for _, ev := range batch.Events {
+			es, rev, err := b.Get(ctx, ev.Key)
+			if err != nil {
+				return err
+			}
+			listed, at, err := b.List(ctx, ev.Key)
+			if err != nil {
+				return err
+			}
+			if es[0].ModRev != ev.ModRev || len(listed) != 1 || rev < ev.ModRev || at < ev.ModRev {
+				return fmt.Errorf("told of %s at revision %d, but Get at %d shows revision %d and List at %d shows %d keys", ev.Key, ev.ModRev, rev, es[0].ModRev, at, len(listed))
+			}
+		}
+		n -= len(batch.Events)
+	}
+	return nil
+}
+
 func testWatchResumes(t *testing.T, b store.Backend) {
 	const n = 300
 	start := commit(t, b, put("/t/x", "start"))
