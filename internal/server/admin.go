@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"path/filepath"
 	"strings"
@@ -45,6 +46,8 @@ func (s *Server) adminHandler() http.Handler {
 	mux.HandleFunc("GET /backup", s.serveBackup)
 	mux.HandleFunc("GET /dump", s.serveDump)
 	mux.HandleFunc("POST /reseal", s.serveReseal)
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	return mux
 }
 

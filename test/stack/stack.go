@@ -15,6 +15,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -272,14 +273,21 @@ func Eventually(t testing.TB, within time.Duration, what string, look func(ctx c
 	}
 }
 
+// freeAddress finds a port that stays free while a killed server is away: one
+// below those that the kernel gives to outgoing connections and to port 0.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const from, below = 20_000, 32_768 // ip(7): ip_local_port_range begins at 32768
+	for range 100 {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", from+rand.IntN(below-from)))
+		if err != nil {
+			continue
+		}
+		defer l.Close()
+		return l.Addr().String()
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no free port found in 100 tries")
+	return ""
 }
 
 // logBuffer keeps what the server prints.

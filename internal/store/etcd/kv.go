@@ -9,6 +9,8 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/pkg/v3/traceutil"
+	"go.etcd.io/etcd/server/v3/storage/mvcc"
 
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/store"
@@ -19,17 +21,16 @@ const pageSize = 500
 
 // Get implements store.Backend.
 func (b *Backend) Get(ctx context.Context, keys ...string) ([]store.Entry, int64, error) {
+	if b.server != nil {
+		return b.getHere(ctx, keys)
+	}
 	ctx, cancel := b.limit(ctx)
 	defer cancel()
 	ops := make([]clientv3.Op, len(keys))
 	for i, k := range keys {
-		ops[i] = clientv3.OpGet(k, b.consistency()...)
+		ops[i] = clientv3.OpGet(k)
 	}
-	var resp *clientv3.TxnResponse
-	err := b.read(ctx, func() (err error) {
-		resp, err = b.client.Txn(ctx).Then(ops...).Commit()
-		return err
-	})
+	resp, err := b.client.Txn(ctx).Then(ops...).Commit()
 	if err != nil {
 		return nil, 0, b.explain(ctx, "reading", err)
 	}
@@ -43,10 +44,37 @@ func (b *Backend) Get(ctx context.Context, keys ...string) ([]store.Entry, int64
 	return out, resp.Header.Revision, nil
 }
 
-// consistency is how reads see every acknowledged write. In a cluster that needs
-// a round through raft. The one member of an embedded etcd has applied what it
-// acknowledged, and [Open] has made a write (settle), which comes after what was
-// on disk, so its own copy is the newest there is.
+// getHere reads from the database of the embedded etcd, past its client. In a
+// cluster, a read that sees every acknowledged write needs a round through
+// raft. The one member of an embedded etcd has applied what it acknowledged, and
+// [Open] has made a write (settle), which comes after what was on disk, so its
+// own copy is the newest there is.
+func (b *Backend) getHere(ctx context.Context, keys []string) ([]store.Entry, int64, error) {
+	out := make([]store.Entry, len(keys))
+	var rev int64
+	err := b.read(ctx, func() error {
+		tx := b.server.etcd.Server.KV().Read(mvcc.ConcurrentReadTxMode, traceutil.TODO())
+		defer tx.End()
+		for i, k := range keys {
+			r, err := tx.Range(ctx, []byte(k), nil, mvcc.RangeOptions{})
+			if err != nil {
+				return err
+			}
+			out[i] = store.Entry{Key: k}
+			if len(r.KVs) > 0 {
+				out[i] = entry(r.KVs[0])
+			}
+			rev = r.Rev
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, 0, b.explain(ctx, "reading", err)
+	}
+	return out, rev, nil
+}
+
+// consistency is how listings see every acknowledged write; see getHere.
 func (b *Backend) consistency() []clientv3.OpOption {
 	if b.server == nil {
 		return nil
