@@ -54,7 +54,7 @@ func testWatch(t *testing.T, b store.Backend) {
 // testWatchedIsVisible reads at once what a watch told, as a controller does: a
 // read from before the change would make it forget the object for good.
 func testWatchedIsVisible(t *testing.T, b store.Backend) {
-	const writers, each, watches = 16, 60, 64
+	const writers, each, watches = 4, 25, 4
 	start := commit(t, b, put("/t/start", "0"))
 	ctx := deadline(t)
 	done := make(chan error, writers+watches)
