@@ -12,7 +12,7 @@ PROGRAMS   := keyfleet keyfleet-server keyfleet-agent keyfleet-keyvault-extensio
 KV_VERSION := 3.0.$(lastword $(subst ., ,$(VERSION)))
 KV_PACKAGE := bin/packages/Microsoft.Azure.KeyVault.KeyVaultForLinux-$(KV_VERSION).zip
 
-.PHONY: build demo test bench fuzz dist clean
+.PHONY: build demo test test-deep bench fuzz dist clean
 
 build: ## build all programs and the extension package into bin/
 	@mkdir -p bin/packages
@@ -26,6 +26,9 @@ demo: build ## the main job: a certificate reaches three nodes and renews itself
 
 test: ## everything; SHORT=1 leaves out what takes minutes
 	@GO='$(GO)' SHORT='$(SHORT)' sh build/test
+
+test-deep: ## rotate-certs with its runner killed at every boundary
+	@KEYFLEET_TEST_DEEP=1 $(GO) test -count=1 -v -timeout 3h -run 'TestOneMaster' ./test/rotation
 
 bench: build ## the figures of the README
 	@GO='$(GO)' sh build/bench

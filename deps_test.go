@@ -43,12 +43,17 @@ var rules = []rule{
 	{from: "internal/", to: module + "cmd/", why: "commands are leaves"},
 	{from: "api/", to: module + "internal/", except: nil, why: "wire types are leaves"},
 	{from: "api/", to: module + "client", why: "wire types are leaves"},
+	{from: "internal/rotation", to: module + "internal/remote", why: "the engine knows no SSH; adapters satisfy its interfaces"},
+	{from: "internal/rotation", to: module + "internal/kube", why: "the engine knows no Kubernetes client"},
+	{from: "internal/rotation", to: module + "internal/etcdadmin", why: "the engine knows no etcd client"},
+	{from: "internal/rotation", to: module + "internal/store", why: "a rotation needs no server"},
+	{from: "internal/rotation", to: module + "client", why: "a rotation needs no server"},
 	{from: "internal/fault", to: module, why: "fault is a leaf"},
 	{from: "internal/effect", to: module, why: "effect is a leaf"},
 	{from: "", to: "net/http", except: []string{
-		"internal/azureapi", "internal/nodeapi", "internal/web", "internal/agent", "internal/server", "internal/keyvaultext", "internal/cli", "client", "cmd/", "test/", "demo",
+		"internal/azureapi", "internal/nodeapi", "internal/web", "internal/agent", "internal/server", "internal/keyvaultext", "internal/kube", "internal/cli", "client", "cmd/", "test/", "demo",
 	}, why: "HTTP is spoken at the edges and by clients only"},
-	{from: "", to: "go.etcd.io/etcd/", except: []string{"internal/store/etcd"}, why: "etcd is a backend, known to store/etcd alone"},
+	{from: "", to: "go.etcd.io/etcd/", except: []string{"internal/store/etcd", "internal/etcdadmin"}, why: "our own etcd is a backend, known to store/etcd alone; etcdadmin speaks to a cluster's"},
 	{from: "", to: "k8s.io/", except: []string{"internal/reconcile", "internal/kube", "internal/helm", "internal/scextension"}, why: "Kubernetes stays in its adapters; reconcile borrows the work queue"},
 	{from: "", to: "golang.org/x/crypto/ssh", except: []string{"internal/remote"}, why: "SSH stays in remote"},
 }
@@ -61,6 +66,7 @@ var deepRules = []rule{
 	{from: "cmd/keyfleet-agent", to: "go.etcd.io/", why: "the agent stays small"},
 	{from: "cmd/keyfleet-keyvault-extension", to: "github.com/prometheus", why: "the extension stays small"},
 	{from: "cmd/keyfleet-server", to: "helm.sh/", why: "Helm lives behind keyfleet-connector"},
+	{from: "internal/rotation", to: "k8s.io/", why: "the engine knows no Kubernetes client"},
 	{from: "cmd/keyfleet-server", to: "k8s.io/api/", why: "the server has no Kubernetes client"},
 }
 

@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"keyfleet.dev/keyfleet/internal/cli"
+	"keyfleet.dev/keyfleet/internal/rotatecerts"
 )
 
 // version is set by the linker.
@@ -17,7 +18,9 @@ func main() {
 	// The first Ctrl-C ends what runs in good order; the second one ends the program.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
-	code := cli.Main(ctx, os.Args[1:], cli.Streams{Version: version})
+	code := cli.Main(ctx, os.Args[1:], cli.Streams{Version: version, RotateCerts: func(ctx context.Context, args []string) int {
+		return rotatecerts.Main(ctx, args, rotatecerts.Terminal())
+	}})
 	stop()
 	os.Exit(code)
 }

@@ -84,11 +84,28 @@ directory; "keyfleet doctor" says whether everything is in order.`,
 		t.subscriptionCommand(), t.groupCommand(), t.roleCommand(), t.applicationCommand(), t.identityCommand(),
 		t.vaultCommand(), t.secretCommand(), t.certificateCommand(),
 		t.accountCommand(), t.poolCommand(), t.nodeCommand(), t.extensionCommand(), t.hostCommand(),
-		t.hostsCommand(), t.devCommand(), t.auditCommand(), t.doctorCommand(), t.versionCommand(), t.docsCommand(),
+		t.hostsCommand(), t.devCommand(), t.auditCommand(), t.doctorCommand(), t.versionCommand(), t.docsCommand(), t.rotateCertsCommand(),
 	)
 	root.InitDefaultCompletionCmd()
 	root.InitDefaultHelpCmd()
 	return root
+}
+
+// rotateCertsCommand hands everything to the command rotate-certs: its flags are
+// those of a documented tool, and some of them mean something else here.
+func (t *tool) rotateCertsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "rotate-certs", Short: "Replace every certificate, key and CA of a running Kubernetes cluster",
+		Long: `Replace every certificate, key and CA of a running Kubernetes cluster, over SSH. It needs no server.
+Its flags are its own: see "keyfleet rotate-certs --help" and docs/rotate-certs.md.`,
+		DisableFlagParsing: true, DisableFlagsInUseLine: true,
+		RunE: func(c *cobra.Command, args []string) error {
+			if code := t.rotate(c.Context(), args); code != 0 {
+				return exitStatus(code)
+			}
+			return nil
+		},
+	}
 }
 
 func envOr(env func(string) string, name, def string) string {

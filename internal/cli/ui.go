@@ -56,6 +56,9 @@ type Streams struct {
 	Env func(string) string
 
 	Version string // of the program; empty: "dev"
+	// RotateCerts is the command rotate-certs, which needs no server and reads its
+	// own flags; it returns the exit status.
+	RotateCerts func(ctx context.Context, args []string) int
 }
 
 // tool is one run of the command line.
@@ -69,6 +72,7 @@ type tool struct {
 	errTTY bool
 
 	version string
+	rotate  func(ctx context.Context, args []string) int // the command rotate-certs
 	flags   globals
 	target  *target        // what the context names; set by connect
 	client  *client.Client // set by connect
@@ -85,7 +89,7 @@ type globals struct {
 }
 
 func newTool(s Streams) *tool {
-	t := &tool{in: s.In, out: s.Out, err: s.Err, env: s.Env, now: time.Now, version: s.Version}
+	t := &tool{in: s.In, out: s.Out, err: s.Err, env: s.Env, now: time.Now, version: s.Version, rotate: s.RotateCerts}
 	if t.version == "" {
 		t.version = "dev"
 	}

@@ -171,6 +171,10 @@ func (j *Journal) apply(r Record) {
 // State returns how far the change is. The caller must not change it.
 func (j *Journal) State() State { return j.state }
 
+// Hash is the hash of the last record: of the whole journal, since each line's
+// covers the one before.
+func (j *Journal) Hash() string { return j.last }
+
 // Set keeps a value under a name, on disk when it returns: what later steps need
 // and cannot look up. The journal does not encrypt; secrets must be encrypted before.
 func (j *Journal) Set(name string, v any) error {

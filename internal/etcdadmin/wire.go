@@ -1,0 +1,130 @@
+package etcdadmin
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+
+	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/rotation"
+)
+
+// wire makes the connections and remembers why the last one to each member
+// failed: gRPC keeps no more of it than a text.
+type wire struct {
+	dialer rotation.Dialer
+	credentials.TransportCredentials
+
+	mu       sync.Mutex // guards the field below
+	failures map[string]error
+}
+
+func newWire(d rotation.Dialer, as rotation.Credential) (*wire, error) {
+	secure, err := tlsConfig(as)
+	if err != nil {
+		return nil, err
+	}
+	return &wire{dialer: d, TransportCredentials: credentials.NewTLS(secure), failures: map[string]error{}}, nil
+}
+
+// tlsConfig makes the server be verified with the credential's roots, always,
+// and shows the client certificate, also to a server that did not name its
+// issuer among those it accepts: it is for the server to refuse it.
+func tlsConfig(as rotation.Credential) (*tls.Config, error) {
+	c := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: x509.NewCertPool()}
+	if !c.RootCAs.AppendCertsFromPEM(as.Roots) {
+		return nil, fault.New(fault.Invalid, "", "The credential has no CA certificate to verify etcd with.")
+	}
+	pair, err := tls.X509KeyPair(as.Cert, as.Key)
+	if err != nil {
+		return nil, fault.New(fault.Invalid, "", "The credential's client certificate cannot be used.").Because(err)
+	}
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
+	return c, nil
+}
+
+func (w *wire) dial(ctx context.Context, member string) (net.Conn, error) {
+	c, err := w.dialer.DialContext(ctx, "tcp", member)
+	if err != nil {
+		w.failed(member, err)
+	}
+	return c, err
+}
+
+// ClientHandshake implements credentials.TransportCredentials. etcd's client
+// gives the member's address as authority.
+func (w *wire) ClientHandshake(ctx context.Context, member string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	c, info, err := w.TransportCredentials.ClientHandshake(ctx, member, raw)
+	if err != nil {
+		w.failed(member, err)
+		return nil, nil, err
+	}
+	return &conn{Conn: c, wire: w, member: member}, info, nil
+}
+
+// Clone implements credentials.TransportCredentials.
+func (w *wire) Clone() credentials.TransportCredentials { return w }
+
+func (w *wire) failed(member string, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.failures[member] = err
+}
+
+func (w *wire) works(member string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.failures, member)
+}
+
+func (w *wire) failure(member string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.failures[member]
+}
+
+// conn tells the wire how it ends: a server of TLS 1.3 refuses a client
+// certificate after the handshake, in the first thing that it sends.
+type conn struct {
+	net.Conn
+	wire   *wire
+	member string
+	spoken bool // something was read; known to gRPC's one reading goroutine
+}
+
+// Read implements net.Conn.
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 && !c.spoken {
+		c.spoken = true
+		c.wire.works(c.member)
+	}
+	if err != nil && !errors.Is(err, net.ErrClosed) { // closed by ourselves
+		c.wire.failed(c.member, err)
+	}
+	return n, err
+}
+
+// Write implements net.Conn. If the server has closed the connection, it may have
+// said why, and gRPC would close it without reading that.
+func (c *conn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if err == nil || errors.Is(err, net.ErrClosed) {
+		return n, err
+	}
+	reason := err
+	if c.SetReadDeadline(time.Now().Add(100*time.Millisecond)) == nil {
+		_, said := c.Conn.Read(make([]byte, 1))
+		if refusal := (*net.OpError)(nil); errors.As(said, &refusal) && refusal.Op == "remote error" { // an alert of TLS
+			reason = said
+		}
+	}
+	c.wire.failed(c.member, reason)
+	return n, err
+}

@@ -1,0 +1,131 @@
+package rotatecerts
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/journal"
+	"keyfleet.dev/keyfleet/internal/rotation"
+)
+
+// show prints a plan.
+func (c *command) show(p rotation.Plan) error {
+	if c.o.output == "json" {
+		return c.json(p)
+	}
+	p.Describe(c.Out)
+	return nil
+}
+
+func (c *command) json(v any) error {
+	enc := json.NewEncoder(c.Out)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+// progress prints a line for each step that ends.
+func (c *command) progress(p rotation.Plan) func(journal.Progress) {
+	number := map[string]int{}
+	for i, s := range p.Steps {
+		number[s.Name()] = i + 1
+	}
+	began, step := time.Now(), time.Now()
+	noReturn := p.NoReturn()
+	return func(ev journal.Progress) {
+		switch ev.Event {
+		case "started", "undoing":
+			step = time.Now()
+			if ev.Event == "started" && ev.Step == noReturn {
+				fmt.Fprintln(c.Out, "        ---- point of no return ----")
+			}
+			return
+		case "finished":
+			return
+		}
+		fmt.Fprintf(c.Out, "%6.1fs %3d/%d  %-6s %s (%.1fs)\n", time.Since(began).Seconds(), number[ev.Step], len(p.Steps), ev.Event, ev.Step, time.Since(step).Seconds())
+	}
+}
+
+// Status is how far a run is.
+type Status struct {
+	Run      string `json:"run"`
+	Journal  string `json:"journal"`
+	Done     int    `json:"done"`
+	Steps    int    `json:"steps"`
+	Next     string `json:"next,omitempty"`
+	Back     bool   `json:"rollingBack"`
+	Failure  string `json:"failure,omitempty"`
+	NoReturn string `json:"noReturn"`
+	Passed   bool   `json:"noReturnPassed"`
+}
+
+// status shows how far the unfinished run is. It needs no connection.
+func (c *command) status(context.Context) error {
+	if err := c.o.complete(c.Env, func(string, ...any) {}); err != nil {
+		return err
+	}
+	path, j, err := c.unfinished()
+	if err != nil {
+		return err
+	}
+	if j == nil {
+		return fault.New(fault.NotFound, "NothingUnfinished", "No unfinished run is in %s.", c.o.dir)
+	}
+	defer j.Close()
+	p, _, _, err := rotation.Kept(j)
+	if err != nil {
+		return err
+	}
+	state := j.State()
+	s := Status{Run: p.Run, Journal: path, Steps: len(p.Steps), Back: state.Back, Failure: state.Failure, NoReturn: p.NoReturn()}
+	for _, step := range p.Steps {
+		switch {
+		case state.Steps[step.Name()] == journal.Done:
+			s.Done++
+		case s.Next == "":
+			s.Next = step.Name()
+		}
+	}
+	s.Passed = state.Steps[s.NoReturn] != ""
+	if c.o.output == "json" {
+		return c.json(s)
+	}
+	fmt.Fprintf(c.Out, "Run       %s\nJournal   %s\nSteps     %d of %d done\nNext      %s\n", s.Run, s.Journal, s.Done, s.Steps, s.Next)
+	if s.Failure != "" {
+		fmt.Fprintf(c.Out, "Failure   %s\n", s.Failure)
+	}
+	way := "rollback is possible until: " + s.NoReturn
+	if s.Passed {
+		way = "the point of no return is passed"
+	}
+	fmt.Fprintf(c.Out, "Way back  %s\n", way)
+	return nil
+}
+
+// Report is what is printed at the end of a run.
+type Report struct {
+	Run      string  `json:"run"`
+	Seconds  float64 `json:"seconds"`
+	Finished bool    `json:"finished"`
+	Back     bool    `json:"rolledBack"`
+	Steps    int     `json:"steps"`
+	Hash     string  `json:"journalHash"`
+}
+
+// report prints what was done.
+func (c *command) report(p rotation.Plan, j *journal.Journal, took time.Duration) error {
+	state := j.State()
+	r := Report{Run: p.Run, Seconds: took.Seconds(), Finished: state.Finished, Back: state.Back, Steps: len(p.Steps), Hash: j.Hash()}
+	if c.o.output == "json" {
+		return c.json(r)
+	}
+	what := "rotated: " + p.Scope.String()
+	if r.Back {
+		what = "rolled back"
+	}
+	fmt.Fprintf(c.Out, "Done in %s, %s. Journal hash %s.\n", took.Round(time.Second), what, r.Hash)
+	return nil
+}

@@ -1,0 +1,364 @@
+package rotation
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"keyfleet.dev/keyfleet/internal/fault"
+)
+
+// Phase is a part of a rotation.
+type Phase string
+
+// The phases, in order.
+const (
+	Prepare Phase = "prepare" // new material, nothing touched
+	Trust   Phase = "trust"   // everybody accepts old and new
+	Switch  Phase = "switch"  // everybody presents the new
+	Soak    Phase = "soak"    // until nobody uses the old
+	Retire  Phase = "retire"  // nobody accepts the old
+)
+
+// Verb is what a step does.
+type Verb string
+
+// The verbs of steps.
+const (
+	Lock      Verb = "lock"
+	BackUp    Verb = "back up"
+	Snapshot  Verb = "snapshot etcd"
+	Make      Verb = "make new CAs and keys"
+	StageIt   Verb = "stage" // keys made there, certificates issued, trees of all stages
+	Publish   Verb = "copy the journal to the masters"
+	Place     Verb = "place"
+	Restart   Verb = "restart"
+	Objects   Verb = "update objects" // of the API that name the CA
+	Tokens    Verb = "renew token Secrets"
+	Canary    Verb = "prove that the new is accepted"
+	Served    Verb = "prove that the new is served"
+	AllReady  Verb = "wait until all nodes are ready"
+	Published Verb = "wait until the CA is published to all namespaces"
+	Unused    Verb = "wait until the old is unused"
+	Refused   Verb = "prove that the old is refused"
+	Clean     Verb = "clean up"
+)
+
+// Step is one step of a plan. It is data: what it does is in step.go.
+type Step struct {
+	Phase      Phase    `json:"phase"`
+	Verb       Verb     `json:"verb"`
+	Node       string   `json:"node,omitempty"`
+	Stage      Stage    `json:"stage,omitempty"`
+	Paths      []string `json:"paths,omitempty"`      // of Place
+	Components []string `json:"components,omitempty"` // of Restart
+	NoReturn   bool     `json:"noReturn,omitempty"`
+}
+
+// Name is the step's name in the journal and in all that people see.
+func (s Step) Name() string {
+	parts := []string{string(s.Phase) + ":", string(s.Verb)}
+	switch {
+	case len(s.Components) > 0:
+		parts = append(parts, words(s.Components))
+	case s.Verb == Place:
+		parts = append(parts, summary(s.Paths))
+	}
+	if s.Node != "" {
+		parts = append(parts, "on", s.Node)
+	}
+	return strings.Join(parts, " ")
+}
+
+// words joins words as in a sentence.
+func words(all []string) string {
+	if len(all) < 2 {
+		return strings.Join(all, "")
+	}
+	return strings.Join(all[:len(all)-1], ", ") + " and " + all[len(all)-1]
+}
+
+// summary names files shortly: those of one folder by their last parts.
+func summary(paths []string) string {
+	var out []string
+	for _, p := range paths {
+		out = append(out, p[strings.LastIndex(p, "/")+1:])
+	}
+	if len(out) > 4 {
+		return fmt.Sprintf("%s and %d more", strings.Join(out[:3], ", "), len(out)-3)
+	}
+	return strings.Join(out, ", ")
+}
+
+// Plan is all that a rotation will do, in order. It holds no secret.
+type Plan struct {
+	Run    string    `json:"run"`
+	Made   time.Time `json:"made"`
+	Layout string    `json:"layout"`
+	Scope  Scope     `json:"scope"`
+	Nodes  []Node    `json:"nodes"`
+	Steps  []Step    `json:"steps"`
+	// Drain says that clients of an API server are led to another while it restarts.
+	Drain bool `json:"drain"`
+	// Impact is how long the API is expected to be away, in words.
+	Impact string `json:"impact"`
+	// Warnings are what the operator should know first.
+	Warnings []string `json:"warnings,omitempty"`
+}
+
+// NoReturn is the step after which there is no way back; "" if there is none.
+func (p Plan) NoReturn() string {
+	for _, s := range p.Steps {
+		if s.NoReturn {
+			return s.Name()
+		}
+	}
+	return ""
+}
+
+// MakePlan plans a rotation. It refuses a cluster on which one could do harm.
+func MakePlan(o Observation, s Scope, run string) (Plan, error) {
+	l := o.Layout
+	p := Plan{Run: run, Made: o.At, Layout: l.Name, Scope: s}
+	if err := fit(o, s); err != nil {
+		return p, err
+	}
+	for _, m := range o.Machines {
+		p.Nodes = append(p.Nodes, m.Node)
+	}
+	masters := o.masters()
+	p.Drain = len(masters) > 1
+	for _, m := range masters {
+		if !m.Facts.Forward || !m.Facts.has("iptables") {
+			p.Drain = false
+			p.Warnings = append(p.Warnings, fmt.Sprintf("%s does not forward packets, or has no iptables: clients of its API server are not led to another while it restarts.", m.Name))
+		}
+	}
+	b := &planner{o: o, l: l, s: s, plan: &p}
+	b.prepare()
+	b.trust()
+	b.change()
+	b.retire()
+	p.Impact = b.impact()
+	names := map[string]bool{}
+	for _, st := range p.Steps {
+		if names[st.Name()] {
+			return p, fmt.Errorf("planning: two steps are called %q", st.Name())
+		}
+		names[st.Name()] = true
+	}
+	return p, nil
+}
+
+// fit refuses clusters that are not ready for a rotation.
+func fit(o Observation, s Scope) error {
+	if s == (Scope{}) {
+		return fault.New(fault.Invalid, "NothingToRotate", "Nothing is to be rotated.").WithFix("leave --only out, or name one of %s", strings.Join(scopeWords, ", "))
+	}
+	if len(o.masters()) == 0 {
+		return fault.New(fault.Invalid, "NoMasters", "No node has a control plane.")
+	}
+	for _, m := range o.Machines {
+		for _, tool := range []string{"openssl", "sha256sum", "base64", "tar", "curl"} {
+			if !m.Facts.has(tool) && (m.Master || tool != "curl") {
+				return fault.New(fault.Precondition, "MissingProgram", "%s has no program %s.", m.Name, tool).WithFix("install it there")
+			}
+		}
+		if m.Facts.FreeKiB < 64<<10 {
+			return fault.New(fault.Precondition, "DiskFull", "%s has %d KiB free on /var or /etc, and 64 MiB are needed.", m.Name, m.Facts.FreeKiB).WithFix("make room there")
+		}
+		if skew := m.Facts.Now.Sub(o.At).Abs(); skew > 5*time.Minute {
+			return fault.New(fault.Precondition, "ClockSkew", "The clock of %s is %s off ours.", m.Name, skew.Round(time.Second)).WithFix("set it right: certificates would not be valid there yet, or no longer")
+		}
+		for _, f := range o.Layout.of(m.Master) {
+			if m.Files[f.Path].Absent && !f.Optional && !f.Added {
+				return fault.New(fault.Precondition, "MissingFile", "%s has no %s, which the layout %s has.", m.Name, f.Path, o.Layout.Name).
+					WithFix("an external CA or another layout is not supported")
+			}
+			if f.Added && !m.Files[f.Path].Absent {
+				return fault.New(fault.Conflict, "UnfinishedRotation", "%s has %s, which only a rotation under way has.", m.Name, f.Path).
+					WithFix("finish or roll back that rotation: keyfleet rotate-certs status")
+			}
+		}
+	}
+	return nil
+}
+
+// planner appends steps.
+type planner struct {
+	o    Observation
+	l    Layout
+	s    Scope
+	plan *Plan
+}
+
+func (b *planner) add(s Step) { b.plan.Steps = append(b.plan.Steps, s) }
+
+// place adds a step that places those of the files that change at the stage.
+func (b *planner) place(ph Phase, at Stage, m Machine, kinds ...Holds) {
+	var paths []string
+	for _, p := range b.l.paths(m.Master, kinds...) {
+		if b.s.changes(b.l.file(p), at) && (!m.Files[p].Absent || b.l.file(p).Added) {
+			paths = append(paths, p)
+		}
+	}
+	if len(paths) > 0 {
+		b.add(Step{Phase: ph, Verb: Place, Node: m.Name, Stage: at, Paths: paths})
+	}
+}
+
+// restart adds a step that restarts those of the named components that must
+// restart at this stage.
+func (b *planner) restart(ph Phase, at Stage, m Machine, names ...string) {
+	var restarts []string
+	for _, c := range b.l.restarts(b.s, at, m.Master) {
+		if slices.Contains(names, c.Name) {
+			restarts = append(restarts, c.Name)
+		}
+	}
+	if len(restarts) > 0 {
+		b.add(Step{Phase: ph, Verb: Restart, Node: m.Name, Stage: at, Components: restarts})
+	}
+}
+
+func (b *planner) prepare() {
+	for _, m := range b.o.Machines {
+		b.add(Step{Phase: Prepare, Verb: Lock, Node: m.Name})
+	}
+	for _, m := range b.o.Machines {
+		b.add(Step{Phase: Prepare, Verb: BackUp, Node: m.Name})
+	}
+	b.add(Step{Phase: Prepare, Verb: Snapshot, Node: b.o.masters()[0].Name})
+	b.add(Step{Phase: Prepare, Verb: Make})
+	for _, m := range b.o.Machines {
+		b.add(Step{Phase: Prepare, Verb: StageIt, Node: m.Name})
+	}
+	b.add(Step{Phase: Prepare, Verb: Publish})
+}
+
+func (b *planner) trust() {
+	before := len(b.plan.Steps)
+	for _, m := range b.o.masters() { // the controller manager signs with exactly one certificate: first its own file, then the bundle
+		b.place(Trust, Trusted, m, IssuerCert, IssuerKey)
+		b.restart(Trust, Trusted, m, "kube-controller-manager")
+	}
+	for _, m := range b.o.Machines {
+		b.place(Trust, Trusted, m, Roots, TokenPublic)
+	}
+	for _, m := range b.o.masters() {
+		b.restart(Trust, Trusted, m, "kube-apiserver")
+	}
+	if len(b.plan.Steps) == before {
+		return
+	}
+	if b.s.Cluster {
+		b.add(Step{Phase: Trust, Verb: Objects, Stage: Trusted})
+	}
+	b.add(Step{Phase: Trust, Verb: Canary})
+	if b.s.Tokens {
+		b.add(Step{Phase: Trust, Verb: Tokens})
+	}
+	b.add(Step{Phase: Trust, Verb: Publish})
+}
+
+func (b *planner) change() {
+	for _, m := range b.o.masters() { // no restart is needed for these
+		b.place(Switch, Switched, m, LeafKey, LeafCert)
+	}
+	b.add(Step{Phase: Switch, Verb: Served})
+	for _, m := range b.o.masters() {
+		b.place(Switch, Switched, m, IssuerKey, IssuerCert, TokenKey)
+		b.kubeconfigs(Switch, Switched, m)
+		b.restart(Switch, Switched, m, "kube-apiserver", "kube-controller-manager", "kube-scheduler")
+	}
+	for _, m := range b.o.Machines {
+		b.kubelet(Switch, Switched, m)
+	}
+	b.add(Step{Phase: Switch, Verb: AllReady})
+	if b.s.Tokens {
+		b.add(Step{Phase: Switch, Verb: Tokens})
+	}
+	if b.s.Cluster {
+		b.add(Step{Phase: Switch, Verb: Published, Stage: Switched})
+	}
+	b.add(Step{Phase: Switch, Verb: Publish})
+	b.add(Step{Phase: Soak, Verb: Unused})
+}
+
+// kubeconfigs places all but that of the kubelet.
+func (b *planner) kubeconfigs(ph Phase, at Stage, m Machine) {
+	var paths []string
+	once := b.l.component("kubelet").Once
+	for _, p := range b.l.paths(m.Master, Kubeconfig) {
+		if b.s.changes(b.l.file(p), at) && !m.Files[p].Absent && !slices.Contains(once, p) {
+			paths = append(paths, p)
+		}
+	}
+	if len(paths) > 0 {
+		b.add(Step{Phase: ph, Verb: Place, Node: m.Name, Stage: at, Paths: paths})
+	}
+}
+
+// kubelet places what the kubelet reads at its start, and restarts it; the
+// containers of the node go on.
+func (b *planner) kubelet(ph Phase, at Stage, m Machine) {
+	var paths []string
+	for _, p := range b.l.component("kubelet").Once {
+		if b.s.changes(b.l.file(p), at) && !m.Files[p].Absent {
+			paths = append(paths, p)
+		}
+	}
+	if len(paths) > 0 {
+		b.add(Step{Phase: ph, Verb: Place, Node: m.Name, Stage: at, Paths: paths})
+	}
+	b.restart(ph, at, m, "kubelet")
+}
+
+func (b *planner) retire() {
+	before := len(b.plan.Steps)
+	for _, m := range b.o.masters() {
+		b.place(Retire, Retired, m, Roots, RootKey, TokenPublic)
+		b.kubeconfigs(Retire, Retired, m)
+		b.restart(Retire, Retired, m, "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
+		b.place(Retire, Retired, m, IssuerCert, IssuerKey)
+	}
+	for _, m := range b.o.Machines {
+		if !m.Master {
+			b.place(Retire, Retired, m, Roots)
+		}
+		b.kubelet(Retire, Retired, m)
+	}
+	for _, m := range b.o.masters() { // the cross certificate goes when no etcd knows only the old CA any more
+		b.place(Retire, Retired, m, LeafCert)
+	}
+	if len(b.plan.Steps) == before {
+		b.add(Step{Phase: Retire, Verb: Clean, NoReturn: true})
+		return
+	}
+	b.plan.Steps[before].NoReturn = true
+	b.add(Step{Phase: Retire, Verb: AllReady})
+	if b.s.Cluster {
+		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})
+		b.add(Step{Phase: Retire, Verb: Published, Stage: Retired})
+	}
+	b.add(Step{Phase: Retire, Verb: Refused})
+	b.add(Step{Phase: Retire, Verb: Clean})
+}
+
+// impact says what clients of the API will notice.
+func (b *planner) impact() string {
+	restarts := 0
+	for _, s := range b.plan.Steps {
+		if s.Verb == Restart && slices.Contains(s.Components, "kube-apiserver") {
+			restarts++
+		}
+	}
+	switch {
+	case restarts == 0:
+		return "none: no API server restarts"
+	case b.plan.Drain:
+		return fmt.Sprintf("none through a load balancer: %d restarts of API servers, one at a time, their clients led to another; each server by itself is away for up to 60 s at a time", restarts)
+	}
+	return fmt.Sprintf("up to 60 s, %d times, one API server at a time", restarts)
+}

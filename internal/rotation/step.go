@@ -1,0 +1,369 @@
+package rotation
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/journal"
+)
+
+// step gives a planned step its functions.
+func (e *Engine) step(s Step) journal.Step {
+	out := journal.Step{Name: s.Name(), NoReturn: s.NoReturn}
+	switch s.Verb {
+	case Lock:
+		out.Do = func(ctx context.Context) error { return e.lock(ctx, s.Node) }
+		out.Undo = func(ctx context.Context) error { return e.clean(ctx, s.Node) }
+	case BackUp:
+		out.Do = func(ctx context.Context) error { return e.backUp(ctx, s.Node) }
+	case Snapshot:
+		out.Do = func(ctx context.Context) error { return e.snapshot(ctx, s.Node) }
+	case Make:
+		out.Do = e.make
+	case StageIt:
+		out.Do = func(ctx context.Context) error { return e.stage(ctx, s.Node) }
+	case Publish:
+		out.Do = e.publish
+	case Place:
+		args := e.placements(s.Node, s.Paths, s.Stage)
+		out.Check = func(ctx context.Context) (bool, error) { return e.placed(ctx, s.Node, args) }
+		out.Do = func(ctx context.Context) error { return e.place(ctx, s, args) }
+		out.Undo = func(ctx context.Context) error { return e.place(ctx, s, e.placements(s.Node, s.Paths, s.Stage-1)) }
+	case Restart:
+		out.Check = func(ctx context.Context) (bool, error) { return e.restarted(ctx, s, s.Stage) }
+		out.Do = func(ctx context.Context) error { return e.restart(ctx, s, s.Stage) }
+		out.Undo = func(ctx context.Context) error { return e.restart(ctx, s, s.Stage-1) }
+	default:
+		e.apiStep(s, &out)
+	}
+	return out
+}
+
+// apiStep is step for what is done at the API.
+func (e *Engine) apiStep(s Step, out *journal.Step) {
+	switch s.Verb {
+	case Objects:
+		out.Do = func(ctx context.Context) error { return e.objects(ctx, s.Stage) }
+		out.Undo = func(ctx context.Context) error { return e.objects(ctx, s.Stage-1) }
+	case Canary:
+		out.Do = e.canary
+	case Served:
+		out.Do = e.served
+	case AllReady:
+		out.Do = e.allReady
+		out.Undo = e.allReady
+	case Tokens:
+		// On the way back, tokens are renewed when the old key signs again and before
+		// the new one is refused: that is where this step stands in the phase trust.
+		if out.Do, out.Undo = e.tokenSecrets, nil; s.Phase == Trust {
+			out.Do, out.Undo = func(context.Context) error { return nil }, e.tokensBack
+		}
+	case Published:
+		out.Do = func(ctx context.Context) error { return e.published(ctx, s.Stage) }
+	case Unused:
+		out.Do = e.unused
+	case Refused:
+		out.Do = e.refused
+	case Clean:
+		out.Do = e.cleanAll
+	default:
+		out.Do = func(context.Context) error { return fmt.Errorf("no rule for the step %q", s.Verb) }
+	}
+}
+
+func (e *Engine) backUp(ctx context.Context, node string) error {
+	m := e.Observe.machine(node)
+	var paths []string
+	for _, f := range e.Layout.of(m.Master) {
+		if !m.Files[f.Path].Absent {
+			paths = append(paths, f.Path)
+		}
+	}
+	_, err := e.change(ctx, node, Script{Name: "back up", Text: backupScript, Args: paths})
+	return err
+}
+
+// snapshot keeps a snapshot of etcd on a master, for the worst case: sealed to the
+// operator like the new material.
+func (e *Engine) snapshot(ctx context.Context, node string) error {
+	etcd, err := e.openEtcd(ctx)
+	if err != nil {
+		return err
+	}
+	defer etcd.Close()
+	kept, err := e.Spool(func(w io.Writer) error { return etcd.Snapshot(ctx, w) })
+	if err != nil {
+		return err
+	}
+	defer kept.Close()
+	return e.Hosts[node].Put(ctx, e.dir()+"/etcd-snapshot.db.age", kept, 0o600)
+}
+
+// make makes the new material, once.
+func (e *Engine) make(ctx context.Context) error {
+	if e.material != nil {
+		return nil
+	}
+	first := e.Observe.masters()[0]
+	roots, keys := map[Authority][]byte{}, map[Authority][]byte{}
+	for _, a := range e.Layout.authorities() {
+		key, err := e.read(ctx, first.Name, e.Layout.rootKey(a))
+		if err != nil {
+			return err
+		}
+		roots[a], keys[a] = first.Files[e.Layout.rootFile(a)].Content, key
+	}
+	public := first.Files[e.Layout.find(TokenPublic, "")].Content
+	m, err := makeMaterial(e.Plan.Scope, roots, keys, public, e.Now())
+	if err != nil {
+		return fault.New(fault.Invalid, "BadCA", "The present CAs cannot be succeeded: %s.", err)
+	}
+	if m.Tokens != nil {
+		if m.Tokens.OldKey, err = e.read(ctx, first.Name, e.Layout.find(TokenKey, "")); err != nil {
+			return err
+		}
+	}
+	plain, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	sealed, err := e.Seal(plain)
+	if err != nil {
+		return fmt.Errorf("sealing the new material: %w", err)
+	}
+	if err := e.Journal.Set(materialValue, sealed); err != nil {
+		return err
+	}
+	e.material = m
+	return nil
+}
+
+// read returns a file with a secret, for our memory alone.
+func (e *Engine) read(ctx context.Context, node, path string) ([]byte, error) {
+	return e.Hosts[node].Run(ctx, Script{Name: "read " + path, Text: `cat "$1"`, Args: []string{path}, Quiet: true})
+}
+
+// stage makes keys on a machine, issues certificates for them, and sends the trees.
+func (e *Engine) stage(ctx context.Context, node string) error {
+	m := e.Observe.machine(node)
+	wants, err := e.Layout.keysOf(e.Plan.Scope, m)
+	if err != nil {
+		return err
+	}
+	public := map[string]crypto.PublicKey{}
+	if len(wants) > 0 {
+		var args []string
+		for _, w := range wants {
+			args = append(args, string(w.kind)+":"+w.name)
+		}
+		out, err := e.change(ctx, node, Script{Name: "make keys", Text: keysScript, Args: args, Timeout: 5 * time.Minute, Quiet: true})
+		if err != nil {
+			return err
+		}
+		if public, err = parseKeys(string(out)); err != nil {
+			return fmt.Errorf("reading the keys of %s: %w", node, err)
+		}
+	}
+	t, err := compose(e.Layout, e.Plan.Scope, m, e.material, public, e.Plan.Run, e.Now())
+	if err != nil {
+		return err
+	}
+	_, err = e.change(ctx, node, Script{Name: "stage files", Text: stageScript, Args: t.verbs, Input: t.tar.Bytes()})
+	return err
+}
+
+// parseKeys reads what keysScript printed.
+func parseKeys(out string) (map[string]crypto.PublicKey, error) {
+	keys := map[string]crypto.PublicKey{}
+	for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
+		name, text, ok := strings.Cut(line, "|")
+		if !ok {
+			return nil, fmt.Errorf("%q is not a line of the script", line)
+		}
+		pemText, err := base64.StdEncoding.DecodeString(text)
+		if err != nil {
+			return nil, err
+		}
+		if keys[name], err = parsePublic(pemText); err != nil {
+			return nil, err
+		}
+	}
+	return keys, nil
+}
+
+// publish puts a copy of the journal on every master: a lost laptop strands nobody.
+func (e *Engine) publish(ctx context.Context) error {
+	text, err := e.Copy()
+	if err != nil {
+		return fmt.Errorf("reading the journal: %w", err)
+	}
+	for _, m := range e.Observe.masters() {
+		if err := e.Hosts[m.Name].Put(ctx, e.dir()+"/journal", bytes.NewReader(text), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// placements are the arguments of placeScript for files as they must be at a stage.
+func (e *Engine) placements(node string, paths []string, at Stage) []string {
+	var out []string
+	for _, p := range paths {
+		f := e.Layout.file(p)
+		from := e.Layout.from(e.Plan.Scope, f, at)
+		if f.Holds == KubeletPair && from == Switched.String() { // what the link leads to comes first
+			out = append(out, from+":"+p[:strings.LastIndex(p, "/")]+"/kubelet-client-"+e.Plan.Run+".pem")
+		}
+		out = append(out, from+":"+p)
+	}
+	return out
+}
+
+func (e *Engine) placed(ctx context.Context, node string, args []string) (bool, error) {
+	out, err := e.Hosts[node].Run(ctx, Script{Name: "check files", Text: placedScript, Args: append([]string{e.dir()}, args...), Quiet: true})
+	return strings.TrimSpace(string(out)) == "yes", err
+}
+
+func (e *Engine) place(ctx context.Context, s Step, args []string) error {
+	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: placeScript, Args: args})
+	return err
+}
+
+// restarted reports whether the components run as they must at a stage: their
+// manifest is in place, and they began after the last change of what they read once.
+func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) {
+	for _, name := range s.Components {
+		c := e.Layout.component(name)
+		files := slices.Clone(c.Once)
+		if c.Pod != "" {
+			ok, err := e.placed(ctx, s.Node, e.placements(s.Node, []string{c.Pod}, at))
+			if err != nil || !ok {
+				return false, err
+			}
+			files = append(files, c.Pod)
+		}
+		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: startedScript, Args: append([]string{name}, files...), Quiet: true})
+		if err != nil || strings.TrimSpace(string(out)) != "yes" {
+			return false, err
+		}
+	}
+	if slices.Contains(s.Components, "kube-apiserver") {
+		api, err := e.api(s.Node)
+		if err != nil {
+			return false, err
+		}
+		return api.Ready(ctx) == nil, nil
+	}
+	return true, nil
+}
+
+// restart restarts components of a machine so that they run as at the stage.
+func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
+	m := e.Observe.machine(s.Node)
+	if c := e.Layout.component(s.Components[0]); c.Unit != "" {
+		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
+		return err
+	}
+	neighbour := "-"
+	if e.Plan.Drain && slices.Contains(s.Components, "kube-apiserver") {
+		n, err := e.neighbour(ctx, m)
+		if err != nil {
+			return err
+		}
+		neighbour = n
+	}
+	if slices.Contains(s.Components, "etcd") {
+		if err := until(ctx, 2*time.Minute, func(ctx context.Context) error { return e.leadAway(ctx, m) }); err != nil {
+			return err
+		}
+	}
+	args := []string{m.Address, e.Layout.APIPort}
+	for _, name := range s.Components {
+		c := e.Layout.component(name)
+		args = append(args, name+":"+e.Layout.from(e.Plan.Scope, e.Layout.file(c.Pod), at)+":"+c.Pod)
+	}
+	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: restartScript, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
+	return err
+}
+
+// unit names the unit of systemd that a step runs as.
+func (e *Engine) unit(s Step) string {
+	return strings.ToLower("keyfleet-" + e.Plan.Run + "-" + string(s.Phase) + "-" + strings.Join(s.Components, "-"))
+}
+
+// neighbour is another master whose API server is ready.
+func (e *Engine) neighbour(ctx context.Context, m Machine) (string, error) {
+	var why error
+	for _, other := range e.Observe.masters() {
+		if other.Name == m.Name {
+			continue
+		}
+		api, err := e.api(other.Name)
+		if err == nil {
+			if err = api.Ready(ctx); err == nil {
+				return other.Address, nil
+			}
+		}
+		why = errors.Join(why, fmt.Errorf("%s: %w", other.Name, err))
+	}
+	return "", fault.New(fault.Unavailable, "NoNeighbour", "No other API server is ready, so that of %s is not restarted.", m.Name).Because(why)
+}
+
+// leadAway makes sure that etcd goes on without the machine: all members answer,
+// and another one leads.
+func (e *Engine) leadAway(ctx context.Context, m Machine) error {
+	etcd, err := e.openEtcd(ctx)
+	if err != nil {
+		return err
+	}
+	defer etcd.Close()
+	members, err := etcd.Members(ctx)
+	if err != nil {
+		return err
+	}
+	if len(members) == 1 {
+		return nil
+	}
+	var other uint64
+	lead := false
+	for _, member := range members {
+		ours := strings.Contains(member.ClientURL, "//"+m.Address+":")
+		if member.Err != nil && !ours {
+			return fault.New(fault.Unavailable, "EtcdMemberDown", "Member %s of etcd does not answer, so that of %s is not restarted.", member.Name, m.Name).Because(member.Err).
+				WithFix("bring it back, then run the same command again")
+		}
+		if ours {
+			lead = member.Leader
+		} else {
+			other = member.ID
+		}
+	}
+	if !lead {
+		return nil
+	}
+	return etcd.MoveLeader(ctx, other)
+}
+
+func (e *Engine) clean(ctx context.Context, node string) error {
+	_, err := e.change(ctx, node, Script{Name: "clean up", Text: cleanScript})
+	return err
+}
+
+func (e *Engine) cleanAll(ctx context.Context) error {
+	for _, n := range e.Plan.Nodes {
+		if err := e.clean(ctx, n.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,66 @@
+//go:build linux
+
+package bed
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+)
+
+// makeKeys makes the key that opens every machine, and each machine's own.
+func (b *builder) makeKeys(ctx context.Context) error {
+	if err := sshKeygen(ctx, b.SSHKey, "keyfleet-bed-"+b.Name); err != nil {
+		return err
+	}
+	for _, n := range b.Nodes {
+		if err := os.MkdirAll(b.path("machine", n.Name), 0o755); err != nil {
+			return err
+		}
+		if err := sshKeygen(ctx, b.hostKey(n), n.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *builder) hostKey(n Node) string { return b.path("machine", n.Name, "host_key") }
+
+func sshKeygen(ctx context.Context, path, comment string) error {
+	out, err := exec.CommandContext(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", path).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("making an ssh key: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// writeKnownHosts writes the machines' keys as a client sees them: the first
+// master by the loopback port too.
+func (b *builder) writeKnownHosts() error {
+	var all strings.Builder
+	for i, n := range b.Nodes {
+		public, err := os.ReadFile(b.hostKey(n) + ".pub")
+		if err != nil {
+			return err
+		}
+		names := n.Name + "," + n.IP
+		if i == 0 {
+			names = fmt.Sprintf("[%s]:%d,%s", b.SSHHost, b.SSHPort, names)
+		}
+		fmt.Fprintf(&all, "%s %s", names, public)
+	}
+	return writeFile(b.KnownHosts, all.String(), 0o644)
+}
+
+// writeWrapper writes the two commands that a person wants: kubectl in the bed's
+// network, and ssh to any node.
+func (b *builder) writeWrapper() error {
+	kubectl := fmt.Sprintf("#!/bin/sh\n# Needs root: it enters the bed's network.\nexec ip netns exec %s %s --kubeconfig %s \"$@\"\n",
+		namespace(b.Name, fabric), b.cache.Kubectl(), b.Kubeconfig)
+	if err := writeFile(b.path("kubectl"), kubectl, 0o755); err != nil {
+		return err
+	}
+	return writeFile(b.path("ssh"), fmt.Sprintf("#!/bin/sh\n# ssh NODE [COMMAND]\nexec ssh -F %s \"$@\"\n", b.path("ssh_config")), 0o755)
+}
