@@ -104,7 +104,7 @@ After an interruption run the same command again. Before the point of no return
 "rollback" brings back what was.`,
 		Example: `  keyfleet rotate-certs --ssh-host cp1.example.org --linux-ssh-private-key ~/.ssh/id_ed25519 --dry-run
   keyfleet rotate-certs --ssh-host cp1.example.org --linux-ssh-private-key ~/.ssh/id_ed25519`,
-		Args: cobra.NoArgs, SilenceErrors: true, SilenceUsage: true,
+		Args: none, SilenceErrors: true, SilenceUsage: true,
 		Annotations: map[string]string{cobra.CommandDisplayNameAnnotation: "keyfleet rotate-certs"},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if c.o.dryRun {
@@ -116,7 +116,7 @@ After an interruption run the same command again. Before the point of no return
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage("the command line", "%s", err) })
 	c.o.register(root.PersistentFlags())
 	verb := func(use, short string, run func(context.Context) error) {
-		root.AddCommand(&cobra.Command{Use: use, Short: short, Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context()) }})
+		root.AddCommand(&cobra.Command{Use: use, Short: short, Args: none, RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context()) }})
 	}
 	verb("plan", "Show what a run would do, and change nothing", c.plan)
 	verb("status", "Show how far the last run is", c.status)
@@ -125,6 +125,14 @@ After an interruption run the same command again. Before the point of no return
 	verb("complete", "Retire the old although it is still in use", c.finish)
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root
+}
+
+// none refuses arguments.
+func none(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usage("the command line", "unknown command %q", args[0])
+	}
+	return nil
 }
 
 // fail prints an error and returns the exit status.
