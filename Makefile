@@ -12,7 +12,7 @@ PROGRAMS   := keyfleet keyfleet-server keyfleet-agent keyfleet-keyvault-extensio
 KV_VERSION := 3.0.$(lastword $(subst ., ,$(VERSION)))
 KV_PACKAGE := bin/packages/Microsoft.Azure.KeyVault.KeyVaultForLinux-$(KV_VERSION).zip
 
-.PHONY: build demo test test-deep bench fuzz dist clean
+.PHONY: build demo test test-deep cluster cluster-down bench fuzz dist clean
 
 build: ## build all programs and the extension package into bin/
 	@mkdir -p bin/packages
@@ -29,6 +29,15 @@ test: ## everything; SHORT=1 leaves out what takes minutes
 
 test-deep: ## rotate-certs with its runner killed at every boundary
 	@KEYFLEET_TEST_DEEP=1 $(GO) test -count=1 -v -timeout 3h -run 'TestOneMaster' ./test/rotation
+
+cluster: ## a real Kubernetes cluster on this machine, as root: LAYOUT=kubeadm MASTERS=3 WORKERS=1
+	@$(GO) build -o bin/bed ./test/bed/cmd/bed
+	@bin/bed prepare
+	@bin/bed up -layout $(or $(LAYOUT),kubeadm) -masters $(or $(MASTERS),3) -workers $(or $(WORKERS),1)
+
+cluster-down: ## takes it down
+	@$(GO) build -o bin/bed ./test/bed/cmd/bed
+	@bin/bed down -layout $(or $(LAYOUT),kubeadm)
 
 bench: build ## the figures of the README
 	@GO='$(GO)' sh build/bench

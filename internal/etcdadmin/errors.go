@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"time"
 
@@ -62,8 +63,19 @@ func (a *admin) unanswered(where string, cause error, members []string) error {
 	if errors.As(cause, &untrusted) {
 		return fault.New(fault.Unavailable, "", "The certificate of etcd at %s is not trusted.", where).Because(cause)
 	}
+	if refused(cause) {
+		return fault.New(fault.Unauthenticated, "", "etcd at %s does not accept our client certificate.", where).Because(cause)
+	}
 	return fault.New(fault.Unavailable, "", "etcd at %s does not answer, or has no quorum.", where).
 		WithFix("check that more than half of the members run and reach each other").After(2 * time.Second).Because(cause)
+}
+
+// refused reports whether the other side has ended TLS with an alert that is about
+// our certificate (bad, unknown authority, expired, required). Package tls has no
+// type for it.
+func refused(cause error) bool {
+	var alert *net.OpError
+	return errors.As(cause, &alert) && alert.Op == "remote error" && strings.Contains(alert.Err.Error(), "certificate")
 }
 
 // code is the gRPC code of an error, also of those that etcd's client has made its own.

@@ -221,17 +221,18 @@ func TestTrust(t *testing.T) {
 	for name, test := range map[string]struct {
 		at   string
 		as   rotation.Credential
+		kind fault.Kind
 		find any
 		text string
 	}{
-		"server of an unknown CA":             {endpoints(1)[0], rotation.Credential{Roots: foreign.Roots, Cert: good.Cert, Key: good.Key}, &authority, "not trusted"},
-		"server with another name":            {"10.0.0.99:2379", good, &hostname, "not trusted"},
-		"client certificate of an unknown CA": {endpoints(1)[0], rotation.Credential{Roots: good.Roots, Cert: foreign.Cert, Key: foreign.Key}, nil, "tls: "},
+		"server of an unknown CA":             {endpoints(1)[0], rotation.Credential{Roots: foreign.Roots, Cert: good.Cert, Key: good.Key}, fault.Unavailable, &authority, "not trusted"},
+		"server with another name":            {"10.0.0.99:2379", good, fault.Unavailable, &hostname, "not trusted"},
+		"client certificate of an unknown CA": {endpoints(1)[0], rotation.Credential{Roots: good.Roots, Cert: foreign.Cert, Key: foreign.Key}, fault.Unauthenticated, nil, "tls: "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			began := time.Now()
 			_, err := Opener(c.network)(t.Context(), []string{test.at}, test.as)
-			if !errors.Is(err, fault.Unavailable) || test.find != nil && !errors.As(err, test.find) || err == nil || !strings.Contains(err.Error(), test.text) {
+			if !errors.Is(err, test.kind) || test.find != nil && !errors.As(err, test.find) || err == nil || !strings.Contains(err.Error(), test.text) {
 				t.Errorf("%v", err)
 			}
 			if took := time.Since(began); took > 5*time.Second {

@@ -14,6 +14,7 @@ import (
 	policy "k8s.io/api/policy/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"keyfleet.dev/keyfleet/internal/fault"
@@ -168,6 +169,10 @@ func find(all []rotation.Pod, prefix string) *rotation.Pod {
 	return &all[i]
 }
 
+// nextSecond waits until pods get another creation time than those that are there:
+// one that replaces another in the same second cannot be told from it.
+func nextSecond() { time.Sleep(1100 * time.Millisecond) }
+
 // there reports whether this very pod is still there and not about to end.
 func there(t *testing.T, a *api, p rotation.Pod) bool {
 	t.Helper()
@@ -184,13 +189,12 @@ func there(t *testing.T, a *api, p rotation.Pod) bool {
 // setReady says of a pod what its kubelet would say.
 func setReady(t *testing.T, a *api, name string) {
 	t.Helper()
-	p := must(a.typed.CoreV1().Pods("apps").Get(t.Context(), name, metav1.GetOptions{}))(t)
-	p.Status.Phase = core.PodRunning
-	p.Status.Conditions = append(p.Status.Conditions, core.PodCondition{Type: core.PodReady, Status: core.ConditionTrue})
-	must(a.typed.CoreV1().Pods("apps").UpdateStatus(t.Context(), p, metav1.UpdateOptions{}))(t)
+	status := []byte(`{"status":{"phase":"Running","conditions":[{"type":"Ready","status":"True"}]}}`)
+	must(a.typed.CoreV1().Pods("apps").Patch(t.Context(), name, types.StrategicMergePatchType, status, metav1.PatchOptions{}, "status"))(t)
 }
 
 func restarts(t *testing.T, a *api) {
+	nextSecond()
 	pod := func(prefix string) rotation.Pod {
 		t.Helper()
 		p := find(must(a.Pods(t.Context()))(t), prefix)
@@ -252,24 +256,16 @@ func restarts(t *testing.T, a *api) {
 
 // ownersThatDoNotReplace their pods by themselves have them evicted.
 func ownersThatDoNotReplace(t *testing.T, a *api, pod func(string) rotation.Pod) {
-	d := must(a.typed.AppsV1().DaemonSets("apps").Get(t.Context(), "agent", metav1.GetOptions{}))(t)
-	d.Spec.UpdateStrategy = apps.DaemonSetUpdateStrategy{Type: apps.OnDeleteDaemonSetStrategyType}
-	must(a.typed.AppsV1().DaemonSets("apps").Update(t.Context(), d, metav1.UpdateOptions{}))(t)
-	w := must(a.typed.AppsV1().Deployments("apps").Get(t.Context(), "web", metav1.GetOptions{}))(t)
-	w.Spec.Paused = true
-	must(a.typed.AppsV1().Deployments("apps").Update(t.Context(), w, metav1.UpdateOptions{}))(t)
-	s := must(a.typed.AppsV1().StatefulSets("apps").Get(t.Context(), "db", metav1.GetOptions{}))(t)
-	five := int32(5)
-	s.Spec.UpdateStrategy.RollingUpdate = &apps.RollingUpdateStatefulSetStrategy{Partition: &five}
-	must(a.typed.AppsV1().StatefulSets("apps").Update(t.Context(), s, metav1.UpdateOptions{}))(t)
-	time.Sleep(1100 * time.Millisecond) // a pod that replaces another in the same second cannot be told from it
+	merge, o := types.MergePatchType, metav1.PatchOptions{}
+	must(a.typed.AppsV1().DaemonSets("apps").Patch(t.Context(), "agent", merge, []byte(`{"spec":{"updateStrategy":{"type":"OnDelete","rollingUpdate":null}}}`), o))(t)
+	must(a.typed.AppsV1().Deployments("apps").Patch(t.Context(), "web", merge, []byte(`{"spec":{"paused":true}}`), o))(t)
+	must(a.typed.AppsV1().StatefulSets("apps").Patch(t.Context(), "db", merge, []byte(`{"spec":{"updateStrategy":{"rollingUpdate":{"partition":5}}}}`), o))(t)
+	nextSecond()
 	eventually(t, "the StatefulSet has a pod", func() bool { return find(must(a.Pods(t.Context()))(t), "db-0") != nil })
 	evicted(t, a, pod, "turn 2", "agent-", "web-", "db-0")
-	s = must(a.typed.AppsV1().StatefulSets("apps").Get(t.Context(), "db", metav1.GetOptions{}))(t)
-	s.Spec.UpdateStrategy.RollingUpdate = nil
-	must(a.typed.AppsV1().StatefulSets("apps").Update(t.Context(), s, metav1.UpdateOptions{}))(t)
+	must(a.typed.AppsV1().StatefulSets("apps").Patch(t.Context(), "db", merge, []byte(`{"spec":{"updateStrategy":{"rollingUpdate":{"partition":0}}}}`), o))(t)
 	eventually(t, "the StatefulSet has a pod", func() bool { return find(must(a.Pods(t.Context()))(t), "db-0") != nil })
-	time.Sleep(1100 * time.Millisecond)
+	nextSecond()
 	evicted(t, a, pod, "turn 3", "db-0") // it is not ready
 }
 
@@ -295,9 +291,7 @@ func budget(t *testing.T, a *api, pod func(string) rotation.Pod) {
 	must(budgets.Create(t.Context(), &policy.PodDisruptionBudget{ObjectMeta: metav1.ObjectMeta{Name: "db"}, Spec: policy.PodDisruptionBudgetSpec{MinAvailable: &one, Selector: selector("db")}}, metav1.CreateOptions{}))(t)
 	setReady(t, a, "db-0")
 	// The StatefulSet leaves it to us to end its pods.
-	db := must(a.typed.AppsV1().StatefulSets("apps").Get(t.Context(), "db", metav1.GetOptions{}))(t)
-	db.Spec.UpdateStrategy.Type = apps.OnDeleteStatefulSetStrategyType
-	must(a.typed.AppsV1().StatefulSets("apps").Update(t.Context(), db, metav1.UpdateOptions{}))(t)
+	must(a.typed.AppsV1().StatefulSets("apps").Patch(t.Context(), "db", types.MergePatchType, []byte(`{"spec":{"updateStrategy":{"type":"OnDelete","rollingUpdate":null}}}`), metav1.PatchOptions{}))(t)
 	began := time.Now()
 	err := a.RestartOwner(t.Context(), p, "turn 4")
 	if !errors.Is(err, fault.TooMany) || !there(t, a, p) {
@@ -316,7 +310,7 @@ func budget(t *testing.T, a *api, pod func(string) rotation.Pod) {
 	if err := budgets.Delete(t.Context(), "db", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(1100 * time.Millisecond)
+	nextSecond()
 	if err := a.RestartOwner(t.Context(), p, "turn 4"); err != nil || there(t, a, p) {
 		t.Errorf("without the budget: %v", err)
 	}
