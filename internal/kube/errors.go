@@ -49,10 +49,10 @@ func (a *api) lost(verb string, cause error) error {
 
 // refused explains an answer that is a Status.
 func (a *api) refused(verb string, s metav1.Status, err error) error {
-	kind := fault.Internal
+	kind, does := fault.Internal, "refuses"
 	switch code := int(s.Code); {
 	case code >= 500, code >= 300 && code < 400: // a component behind it, or something else at this address
-		kind = fault.Unavailable
+		kind, does = fault.Unavailable, "fails at"
 	case code == http.StatusUnauthorized:
 		kind = fault.Unauthenticated
 	case code == http.StatusForbidden:
@@ -68,7 +68,7 @@ func (a *api) refused(verb string, s metav1.Status, err error) error {
 	case code == http.StatusBadRequest, code == http.StatusUnprocessableEntity:
 		kind = fault.Invalid
 	}
-	f := fault.New(kind, "", "The API server %s refuses %s: %s.", a.server, verb, s.Message).Because(err)
+	f := fault.New(kind, "", "The API server %s %s %s: %s.", a.server, does, verb, s.Message).Because(err)
 	if s.Details != nil && s.Details.RetryAfterSeconds > 0 {
 		f = f.After(time.Duration(s.Details.RetryAfterSeconds) * time.Second)
 	}

@@ -105,7 +105,7 @@ type API interface {
 	RestartOwner(ctx context.Context, p Pod, mark string) error
 
 	// RootCAs returns ca.crt of kube-root-ca.crt by namespace; namespaces without
-	// the ConfigMap have "".
+	// the ConfigMap have "", unless they are being deleted.
 	RootCAs(ctx context.Context) (map[string]string, error)
 	ConfigMap(ctx context.Context, namespace, name string) (map[string]string, error)
 	// PutConfigMap changes the named entries, if the ConfigMap is as it was read.
@@ -118,6 +118,8 @@ type API interface {
 	// CABundles lists every CA bundle of webhook configurations, APIServices and
 	// conversion webhooks of custom resources.
 	CABundles(ctx context.Context) ([]CABundle, error)
+	// PutCABundle changes one; the present bundle must share a certificate with the
+	// new one, or it is fault.Conflict.
 	PutCABundle(ctx context.Context, b CABundle) error
 }
 

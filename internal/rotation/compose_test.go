@@ -277,6 +277,22 @@ func TestMaterialIsRefusedWhereAKeyIsNotThatOfItsCA(t *testing.T) {
 	}
 }
 
+func TestKubeconfigsWithOtherLoginsAreRefused(t *testing.T) {
+	for _, login := range []string{"token", "password", "exec", "auth-provider"} {
+		text := "clusters: [{cluster: {}}]\nusers: [{user: {" + login + ": x}}]"
+		if _, err := parseKubeconfig([]byte(text)); err == nil || !strings.Contains(err.Error(), login) {
+			t.Errorf("a kubeconfig with %s: %v", login, err)
+		}
+	}
+}
+
+func TestCAThatHasEndedIsRefused(t *testing.T) {
+	p := newPKI(t)
+	if _, err := makeMaterial(Everything(), p.roots, p.keys, nil, time.Now().Add(2*time.Hour)); err == nil || !strings.Contains(err.Error(), "cannot overlap") {
+		t.Errorf("CAs that have ended: %v", err)
+	}
+}
+
 func FuzzKubeconfig(f *testing.F) {
 	f.Add([]byte("clusters:\n- cluster:\n    certificate-authority-data: QQ==\nusers:\n- user:\n    client-certificate-data: QQ==\n"))
 	f.Add([]byte("clusters: [{cluster: {}}]\nusers: [{user: {}}]"))

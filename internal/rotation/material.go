@@ -90,9 +90,10 @@ func succeed(renew bool, root, key []byte, now time.Time) (*Succession, error) {
 		return nil, err
 	}
 	out.New = pki.EncodeChain(next.Root)
-	if next.Cross != nil {
-		out.Cross = pki.EncodeChain(next.Cross)
+	if next.Cross == nil { // who knows only the old CA would refuse what the new one issues
+		return nil, fmt.Errorf("it has ended, or may certify no other CA, so old and new cannot overlap")
 	}
+	out.Cross = pki.EncodeChain(next.Cross)
 	out.NewKey, err = pki.EncodeKey(next.Key)
 	return out, err
 }

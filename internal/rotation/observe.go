@@ -262,6 +262,11 @@ func parseKubeconfig(text []byte) (kubeconfig, error) {
 	if err != nil {
 		return k, err
 	}
+	for _, secret := range []string{"token", "password", "exec", "auth-provider"} {
+		if _, has := user[secret]; has {
+			return k, fmt.Errorf("its user logs in by %s, and we know kubeconfigs with certificates", secret)
+		}
+	}
 	k.server, _ = cluster["server"].(string)
 	if k.ca, err = base64.StdEncoding.DecodeString(text64(cluster["certificate-authority-data"])); err != nil {
 		return k, fmt.Errorf("certificate-authority-data: %w", err)

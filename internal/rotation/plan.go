@@ -172,6 +172,10 @@ func fit(o Observation, s Scope) error {
 			return fault.New(fault.Precondition, "ClockSkew", "The clock of %s is %s off ours.", m.Name, skew.Round(time.Second)).WithFix("set it right: certificates would not be valid there yet, or no longer")
 		}
 		for _, f := range o.Layout.of(m.Master) {
+			if s.Cluster && f.Holds == Manifest && strings.Contains(string(m.Files[f.Path].Content), "--kubelet-certificate-authority=") {
+				return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the serving certificates of kubelets, which this version does not renew: logs and exec would fail when the old CA retires.", m.Name).
+					WithFix("leave the cluster CA out with --only, or take --kubelet-certificate-authority out of %s for the rotation", f.Path)
+			}
 			if m.Files[f.Path].Absent && !f.Optional && !f.Added {
 				return fault.New(fault.Precondition, "MissingFile", "%s has no %s, which the layout %s has.", m.Name, f.Path, o.Layout.Name).
 					WithFix("an external CA or another layout is not supported")

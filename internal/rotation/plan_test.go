@@ -148,6 +148,9 @@ func TestPlanRefuses(t *testing.T) {
 		{"a rotation under way", func(o *Observation) {
 			o.Machines[0].Files["/etc/kubernetes/pki/ca-issuing.crt"] = FileState{}
 		}, "UnfinishedRotation"},
+		{"kubelets that are verified", func(o *Observation) {
+			o.Machines[0].Files["/etc/kubernetes/manifests/kube-apiserver.yaml"] = FileState{Content: []byte("    - --kubelet-certificate-authority=/etc/kubernetes/pki/ca.crt\n")}
+		}, "KubeletsVerified"},
 		{"no masters", func(o *Observation) { o.Machines = o.Machines[3:] }, "NoMasters"},
 	} {
 		o := threeMasters(t)

@@ -548,7 +548,7 @@ func (e *Engine) users(ctx context.Context, switched time.Time, mark string) (na
 		}
 		names = append(names, p.Namespace+"/"+p.Name)
 		if e.RestartPods {
-			if err := api.RestartOwner(ctx, p, mark); err != nil && !errors.Is(err, fault.TooMany) {
+			if err := api.RestartOwner(ctx, p, mark); err != nil && !errors.Is(err, fault.TooMany) && !errors.Is(err, fault.NotFound) {
 				return nil, 0, fmt.Errorf("restarting %s of %s/%s: %w", p.Owner, p.Namespace, p.Name, err)
 			}
 		}
@@ -595,12 +595,15 @@ func (e *Engine) refuses(ctx context.Context, m Machine) error {
 		return err
 	}
 	etcd, err := e.Etcd(ctx, []string{net.JoinHostPort(m.Address, e.Layout.EtcdPort)}, c)
-	if err != nil {
-		return nil // refused
+	if err == nil {
+		defer etcd.Close()
+		_, err = etcd.Members(ctx)
 	}
-	defer etcd.Close()
-	if _, err := etcd.Members(ctx); err == nil {
+	switch {
+	case err == nil:
 		return errors.New("its etcd accepts a client of the old CA")
+	case errors.Is(err, fault.Unauthenticated):
+		return nil
 	}
-	return nil
+	return err // a silence is no refusal
 }

@@ -49,7 +49,7 @@ for arg; do
   case $how in
   plain) content=$(base64 -w0 <"$p") ;;
   cert) content=$(openssl x509 -in "$p" | base64 -w0) ;;
-  config) content=$(sed 's/\(client-key-data:\).*/\1 ""/' "$p" | base64 -w0) ;;
+  config) content=$(sed 's/\(client-key-data\|token\|password\):.*/\1: ""/' "$p" | base64 -w0) ;;
   *) content= ;;
   esac
   echo "$p|$type|$meta|$link|$changed|$sum|$content|"
