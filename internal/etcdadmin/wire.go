@@ -2,8 +2,6 @@ package etcdadmin
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"net"
 	"sync"
@@ -11,7 +9,6 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
-	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
 
@@ -26,27 +23,11 @@ type wire struct {
 }
 
 func newWire(d rotation.Dialer, as rotation.Credential) (*wire, error) {
-	secure, err := tlsConfig(as)
+	secure, err := as.TLS()
 	if err != nil {
 		return nil, err
 	}
 	return &wire{dialer: d, TransportCredentials: credentials.NewTLS(secure), failures: map[string]error{}}, nil
-}
-
-// tlsConfig makes the server be verified with the credential's roots, always,
-// and shows the client certificate, also to a server that did not name its
-// issuer among those it accepts: it is for the server to refuse it.
-func tlsConfig(as rotation.Credential) (*tls.Config, error) {
-	c := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: x509.NewCertPool()}
-	if !c.RootCAs.AppendCertsFromPEM(as.Roots) {
-		return nil, fault.New(fault.Invalid, "", "The credential has no CA certificate to verify etcd with.")
-	}
-	pair, err := tls.X509KeyPair(as.Cert, as.Key)
-	if err != nil {
-		return nil, fault.New(fault.Invalid, "", "The credential's client certificate cannot be used.").Because(err)
-	}
-	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
-	return c, nil
 }
 
 func (w *wire) dial(ctx context.Context, member string) (net.Conn, error) {

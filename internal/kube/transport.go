@@ -1,8 +1,6 @@
 package kube
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"io"
 	"net/http"
 	"strings"
@@ -22,7 +20,7 @@ type caller struct {
 }
 
 func newCaller(d rotation.Dialer, as rotation.Credential) (*caller, error) {
-	secure, err := tlsConfig(as)
+	secure, err := as.TLS()
 	if err != nil {
 		return nil, err
 	}
@@ -37,25 +35,6 @@ func newCaller(d rotation.Dialer, as rotation.Credential) (*caller, error) {
 		DialContext: d.DialContext, TLSClientConfig: secure, Protocols: &protocols,
 		TLSHandshakeTimeout: 10 * time.Second, IdleConnTimeout: idleTime, MaxIdleConnsPerHost: 8,
 	}}, nil
-}
-
-// tlsConfig makes a server be verified with the credential's roots, always, and
-// shows the client certificate, also to a server that did not name its issuer
-// among those it accepts: it is for the server to refuse it.
-func tlsConfig(as rotation.Credential) (*tls.Config, error) {
-	c := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: x509.NewCertPool()}
-	if !c.RootCAs.AppendCertsFromPEM(as.Roots) {
-		return nil, fault.New(fault.Invalid, "", "The credential has no CA certificate to verify the server with.")
-	}
-	if len(as.Cert) == 0 {
-		return c, nil
-	}
-	pair, err := tls.X509KeyPair(as.Cert, as.Key)
-	if err != nil {
-		return nil, fault.New(fault.Invalid, "", "The credential's client certificate cannot be used.").Because(err)
-	}
-	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
-	return c, nil
 }
 
 // RoundTrip adds who calls, and hides from client-go what would make it try

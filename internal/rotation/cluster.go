@@ -2,10 +2,14 @@ package rotation
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"io/fs"
 	"net"
 	"time"
+
+	"keyfleet.dev/keyfleet/internal/fault"
 )
 
 // The interfaces of this file are all that the engine knows of the outside:
@@ -75,6 +79,25 @@ type Credential struct {
 	Token string // bearer token; empty: none
 	// As makes the caller a front proxy that says who the user is (X-Remote-User).
 	As string
+}
+
+// TLS makes a server be verified with the credential's roots, always, and shows the
+// client certificate, also to a server that did not name its issuer among those
+// it accepts: it is for the server to refuse it.
+func (c Credential) TLS() (*tls.Config, error) {
+	t := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: x509.NewCertPool()}
+	if !t.RootCAs.AppendCertsFromPEM(c.Roots) {
+		return nil, fault.New(fault.Invalid, "", "The credential has no CA certificate to verify the server with.")
+	}
+	if len(c.Cert) == 0 {
+		return t, nil
+	}
+	pair, err := tls.X509KeyPair(c.Cert, c.Key)
+	if err != nil {
+		return nil, fault.New(fault.Invalid, "", "The credential's client certificate cannot be used.").Because(err)
+	}
+	t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }
+	return t, nil
 }
 
 // Connect opens the API of one API server, "host:port", as somebody. It does not

@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -155,39 +156,52 @@ func TestDownAfterKilledUp(t *testing.T) {
 	checkNothingLeft(t, cfg)
 }
 
-// checkNetwork: what Dial reaches, this process does not. That something accepts
-// the connection says nothing, for a gateway may do so for every address: it is
-// the machine that has to answer.
+// checkNetwork: what Dial reaches, this process does not. That somebody accepts
+// the connection says nothing, for a gateway may do so for every address, and
+// even speak TLS: it is the bed's machine that has to answer.
 func checkNetwork(t *testing.T, c *Cluster) {
-	for _, addr := range []string{c.Nodes[0].IP + ":22", c.Nodes[1].IP + ":10250", c.LoadBalancer} {
+	ca, err := c.Exec(t.Context(), "master-0", "cat /etc/kubernetes/pki/ca.crt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM([]byte(ca)) {
+		t.Fatalf("not a certificate: %s", ca)
+	}
+	for _, addr := range []string{c.Nodes[0].IP + ":22", c.Nodes[1].IP + ":22", c.LoadBalancer} {
 		conn, err := c.Dial(t.Context(), "tcp", addr)
 		if err == nil {
-			err = answers(conn)
+			err = answers(conn, roots)
 		}
 		if err != nil {
 			t.Errorf("%s from inside: %v", addr, err)
 		}
-		if conn, err := net.DialTimeout("tcp", addr, time.Second); err == nil && answers(conn) == nil {
+		if conn, err := net.DialTimeout("tcp", addr, time.Second); err == nil && answers(conn, roots) == nil {
 			t.Errorf("%s answers to the outside", addr)
 		}
 	}
 	conn, err := c.Dial(t.Context(), "tcp", "worker-0:22") // by name
 	if err == nil {
-		err = answers(conn)
+		err = answers(conn, roots)
 	}
 	if err != nil {
 		t.Error(err)
 	}
 }
 
-// answers waits a moment for what the port should say, and closes the connection.
-func answers(conn net.Conn) error {
+// answers waits a moment for the greeting of sshd or the certificate of the API,
+// and closes the connection.
+func answers(conn net.Conn, roots *x509.CertPool) error {
 	defer conn.Close()
-	if strings.HasSuffix(conn.RemoteAddr().String(), ":22") {
+	host, port, err := net.SplitHostPort(conn.RemoteAddr().String())
+	if err != nil {
+		return err
+	}
+	if port == "22" {
 		return readGreeting(conn)
 	}
-	_ = conn.SetDeadline(time.Now().Add(2 * time.Second)) // a fresh connection takes a deadline
-	return tls.Client(conn, &tls.Config{InsecureSkipVerify: true}).Handshake()
+	_ = conn.SetDeadline(time.Now().Add(3 * time.Second)) // a fresh connection takes a deadline
+	return tls.Client(conn, &tls.Config{RootCAs: roots, ServerName: host}).Handshake()
 }
 
 func checkSSH(t *testing.T, c *Cluster) {
