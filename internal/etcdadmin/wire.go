@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
+	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
 
@@ -18,16 +19,26 @@ type wire struct {
 	dialer rotation.Dialer
 	credentials.TransportCredentials
 
-	mu       sync.Mutex // guards the field below
-	failures map[string]error
+	mu       sync.Mutex // guards the fields below
+	events   int        // counts connections and failures, to tell what came first
+	failures map[string]failure
+}
+
+// failure is why a connection failed, and when.
+type failure struct {
+	event int
+	err   error
 }
 
 func newWire(d rotation.Dialer, as rotation.Credential) (*wire, error) {
+	if len(as.Cert) == 0 {
+		return nil, fault.New(fault.Invalid, "", "The credential has no client certificate, which etcd asks for.")
+	}
 	secure, err := as.TLS()
 	if err != nil {
 		return nil, err
 	}
-	return &wire{dialer: d, TransportCredentials: credentials.NewTLS(secure), failures: map[string]error{}}, nil
+	return &wire{dialer: d, TransportCredentials: credentials.NewTLS(secure), failures: map[string]failure{}}, nil
 }
 
 func (w *wire) dial(ctx context.Context, member string) (net.Conn, error) {
@@ -46,28 +57,41 @@ func (w *wire) ClientHandshake(ctx context.Context, member string, raw net.Conn)
 		w.failed(member, err)
 		return nil, nil, err
 	}
-	return &conn{Conn: c, wire: w, member: member}, info, nil
+	return &conn{Conn: c, wire: w, member: member, born: w.event()}, info, nil
 }
 
 // Clone implements credentials.TransportCredentials.
 func (w *wire) Clone() credentials.TransportCredentials { return w }
 
+// event numbers what happens.
+func (w *wire) event() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.events++
+	return w.events
+}
+
 func (w *wire) failed(member string, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.failures[member] = err
+	w.events++
+	w.failures[member] = failure{w.events, err}
 }
 
-func (w *wire) works(member string) {
+// works forgets failures from before a connection that works: one that an older
+// connection says nothing of stays.
+func (w *wire) works(member string, born int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.failures, member)
+	if w.failures[member].event < born {
+		delete(w.failures, member)
+	}
 }
 
 func (w *wire) failure(member string) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.failures[member]
+	return w.failures[member].err
 }
 
 // conn tells the wire how it ends: a server of TLS 1.3 refuses a client
@@ -76,6 +100,7 @@ type conn struct {
 	net.Conn
 	wire   *wire
 	member string
+	born   int  // event of the wire
 	spoken bool // something was read; known to gRPC's one reading goroutine
 }
 
@@ -84,7 +109,7 @@ func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 && !c.spoken {
 		c.spoken = true
-		c.wire.works(c.member)
+		c.wire.works(c.member, c.born)
 	}
 	if err != nil && !errors.Is(err, net.ErrClosed) { // closed by ourselves
 		c.wire.failed(c.member, err)

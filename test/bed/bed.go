@@ -163,24 +163,24 @@ func writeJSON(path string, v any) error {
 	return os.Rename(path+".new", path)
 }
 
-// readRecord returns the record of the folder; a missing folder or an empty one
-// gives fs.ErrNotExist.
-func readRecord(dir string) (record, error) {
-	r := record{}
+// bedIn returns the name of the bed in the folder, "" when there is none. A bed
+// whose folder somebody has removed is still in the registry.
+func bedIn(dir string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(dir, recordFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		if entries, _ := os.ReadDir(dir); len(entries) > 0 {
-			return r, fmt.Errorf("%s is not the folder of a bed: it has no %s", dir, recordFile)
+			return "", fmt.Errorf("%s is not the folder of a bed: it has no %s", dir, recordFile)
 		}
-		return r, err
+		return registeredIn(dir)
 	}
 	if err != nil {
-		return r, err
+		return "", err
 	}
+	var r record
 	if err := json.Unmarshal(b, &r); err != nil {
-		return r, fmt.Errorf("reading %s: %w", filepath.Join(dir, recordFile), err)
+		return "", fmt.Errorf("reading %s: %w", filepath.Join(dir, recordFile), err)
 	}
-	return r, checkName(r.Name)
+	return r.Name, checkName(r.Name)
 }
 
 // checkName keeps names to what fits into namespaces, control groups and paths.

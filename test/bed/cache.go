@@ -113,7 +113,7 @@ func key(inputs ...string) string {
 	return hex.EncodeToString(h.Sum(nil)[:6])
 }
 
-// Path is the folder of the part, whether it is there or not.
+// path is the folder of the part, whether it is there or not.
 func (c *Cache) path(name string) string {
 	for _, p := range c.parts {
 		if p.name == name {

@@ -9,7 +9,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -17,8 +16,8 @@ import (
 
 // importScript runs containerd once in the machines' root file system, with an
 // empty store, and imports the images into it. $1 is a work folder, $2 the root
-// file system, $3 the folder of images, $4 the store. The shell is the first
-// process of its namespaces: containerd and the mounts end with it.
+// file system, $3 the folder of images, $4 the store. containerd has no network,
+// and needs none.
 const importScript = `set -e
 mkdir "$1/upper" "$1/work" "$1/root"
 mount -t overlay overlay -o "lowerdir=$2,upperdir=$1/upper,workdir=$1/work" "$1/root"
@@ -28,7 +27,7 @@ mount --bind "$4" "$1/root/var/lib/containerd"
 mount -t proc proc "$1/root/proc"
 mount -t sysfs sysfs "$1/root/sys"
 mount --bind /dev "$1/root/dev"
-exec chroot "$1/root" sh -ec '
+exec unshare --net chroot "$1/root" sh -ec '
 	mount -t tmpfs tmpfs /run
 	containerd >/run/log 2>&1 &
 	i=0
@@ -47,13 +46,8 @@ func (c *Cache) buildContainers(ctx context.Context, dir string, _ io.Writer) er
 	if err := os.Mkdir(work, 0o755); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "sh", "-c", importScript, "sh", work, c.path(rootFS), c.path(images), dir)
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags:   syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET,
-		Unshareflags: syscall.CLONE_NEWNS,
-	}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("importing the images: %w\n%s", err, tail(string(out), 20))
+	if err := runContained(ctx, "sh", "-c", importScript, "sh", work, c.path(rootFS), c.path(images), dir); err != nil {
+		return fmt.Errorf("importing the images: %w", err)
 	}
 	return nil
 }

@@ -95,11 +95,8 @@ func Down(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	r, err := readRecord(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	name, err := bedIn(dir)
+	if err != nil || name == "" {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
@@ -113,16 +110,16 @@ func Down(ctx context.Context, dir string) error {
 			return err
 		}
 	}
-	if err := endGroups(ctx, r.Name); err != nil {
+	if err := endGroups(ctx, name); err != nil {
 		return err
 	}
-	if err := removeNamespaces(ctx, r.Name); err != nil {
+	if err := removeNamespaces(ctx, name); err != nil {
 		return err
 	}
 	if err := removeFolder(dir); err != nil {
 		return err
 	}
-	return release(r.Name, dir)
+	return release(name, dir)
 }
 
 // removeNamespaces removes the network namespaces that carry the bed's name.
@@ -143,7 +140,7 @@ func removeNamespaces(ctx context.Context, name string) error {
 // interrupted can be repeated.
 func removeFolder(dir string) error {
 	entries, err := os.ReadDir(dir)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	for _, e := range entries {
@@ -203,6 +200,20 @@ func registered() ([]string, error) {
 		}
 	}
 	return names, nil
+}
+
+// registeredIn is the name of the bed that said it would live in the folder.
+func registeredIn(dir string) (string, error) {
+	names, err := registered()
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	for _, name := range names {
+		if b, err := os.ReadFile(filepath.Join(registry, name)); err == nil && string(b) == dir {
+			return name, nil
+		}
+	}
+	return "", nil
 }
 
 func saveSysctls() error {

@@ -81,7 +81,8 @@ func inNetwork(path string, do func()) error {
 
 // Exec runs a shell script as root on the node and returns what it printed to
 // standard output. It does not use the network, so it also works when the
-// certificates, or sshd, do not. What it started ends with ctx.
+// certificates, or sshd, do not. When ctx ends before the script, so does the
+// script.
 func (c *Cluster) Exec(ctx context.Context, node, script string) (string, error) {
 	cmd, err := c.command(ctx, node, script)
 	if err != nil {

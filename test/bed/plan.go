@@ -140,7 +140,6 @@ func (b *builder) path(elem ...string) string {
 	return filepath.Join(append([]string{b.Dir}, elem...)...)
 }
 
-// masters, others: parts of the nodes. The first master comes up before the rest.
 func (b *builder) masters() []Node {
 	var m []Node
 	for _, n := range b.Nodes {

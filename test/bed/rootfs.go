@@ -3,7 +3,6 @@
 package bed
 
 import (
-	"bytes"
 	"context"
 	"embed"
 	"fmt"
@@ -12,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 )
@@ -72,15 +72,29 @@ func (c *Cache) buildRootFS(ctx context.Context, dir string, _ io.Writer) error 
 	return nil
 }
 
-// bootstrap installs Debian into dir. Its mounts and processes live in
-// namespaces of their own and end with it, whatever happens.
+// bootstrap installs Debian into dir.
 func bootstrap(ctx context.Context, dir string) error {
-	cmd := exec.CommandContext(ctx, "mmdebstrap", "--mode=root", "--variant=minbase", "--include="+strings.Join(machinePackages(), ","), suite, dir)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID, Unshareflags: syscall.CLONE_NEWNS}
-	var output bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("installing Debian %s: %w\n%s", suite, err, tail(output.String(), 20))
+	err := runContained(ctx, "mmdebstrap", "--mode=root", "--variant=minbase", "--include="+strings.Join(machinePackages(), ","), suite, dir)
+	if err != nil {
+		return fmt.Errorf("installing Debian %s: %w", suite, err)
+	}
+	return nil
+}
+
+// runContained runs a command as the first process of mount and process
+// namespaces of its own. Its mounts, and what it has started, end with it, and it
+// ends with this process: an interrupted build leaves nothing but files.
+func runContained(ctx context.Context, argv ...string) error {
+	runtime.LockOSThread() // Pdeathsig means the thread
+	defer runtime.UnlockOSThread()
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:   syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
+		Unshareflags: syscall.CLONE_NEWNS, // tells the Go runtime to make the mounts private
+		Pdeathsig:    syscall.SIGKILL,
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w\n%s", err, tail(string(out), 20))
 	}
 	return nil
 }
