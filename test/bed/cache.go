@@ -140,7 +140,7 @@ func (c *Cache) Ready() error {
 }
 
 // Prepare builds what is missing, as root, and writes a line to log per part.
-// From nothing it takes a quarter of an hour of processor time, most of it in the
+// From nothing it takes five minutes on two processors, most of it in the
 // compiler. Only one process builds at a time; others wait.
 func (c *Cache) Prepare(ctx context.Context, log io.Writer) error {
 	if err := os.MkdirAll(c.Dir, 0o755); err != nil {

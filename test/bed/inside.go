@@ -163,6 +163,9 @@ func (b *builder) run(ctx context.Context, node, step, script string) error {
 	}
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Run(); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause // rather than that the script was killed
+		}
 		printed, _ := os.ReadFile(name) // the reason counts, with or without
 		return &StepError{Machine: node, Step: step, Log: tail(string(printed), 25), Err: err}
 	}

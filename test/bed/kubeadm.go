@@ -111,12 +111,13 @@ func (b *builder) copyKubeconfig(ctx context.Context) error {
 	return writeFile(b.Kubeconfig, text, 0o600)
 }
 
-// awaitCluster waits until all nodes are ready and the probe pods run.
+// awaitCluster waits until all nodes are ready, the control plane runs on every
+// master and the probe pods run.
 func (b *builder) awaitCluster(ctx context.Context, s scene) error {
 	const within = 3 * time.Minute
+	const parts = 4 // pods of a master: etcd, API server, controller manager, scheduler
 	first := s.First.Name
-	err := b.until(ctx, within, first, "nodes become ready", fmt.Sprintf(
-		`kubectl wait --for=condition=Ready nodes --all --timeout=60s && [ "$(kubectl get nodes -o name | wc -l)" = %d ]`, len(b.Nodes)))
+	err := b.until(ctx, within, first, "nodes become ready", allReady("nodes", len(b.Nodes)))
 	if err != nil {
 		return err
 	}
@@ -127,5 +128,15 @@ func (b *builder) awaitCluster(ctx context.Context, s scene) error {
 	if err := b.until(ctx, within, first, "probe pods are made", "kubectl apply -f /etc/kubernetes/probe.yaml"); err != nil {
 		return err
 	}
+	err = b.until(ctx, within, first, "control plane pods become ready", allReady("pods --namespace=kube-system", parts*len(s.Masters)))
+	if err != nil {
+		return err
+	}
+	b.logf("  control plane ready on every master")
 	return b.until(ctx, within, first, "probe pods run", "kubectl rollout status deployment/probe --timeout=60s || { kubectl get pods -A -o wide; kubectl describe pods; exit 1; }")
+}
+
+// allReady is a script that waits for objects and fails when there are not n of them.
+func allReady(what string, n int) string {
+	return fmt.Sprintf(`kubectl wait --for=condition=Ready %s --all --timeout=60s && [ "$(kubectl get %s -o name | wc -l)" = %d ]`, what, what, n)
 }
