@@ -85,7 +85,7 @@ func (l Layout) keysOf(s Scope, m Machine) ([]keyWant, error) {
 		if err != nil {
 			return nil, fmt.Errorf("reading %s: %w", carrier, err)
 		}
-		out = append(out, keyWant{f, strings.Trim(strings.ReplaceAll(f.Path, "/", "-"), "-"), kind, cert})
+		out = append(out, keyWant{f, keyName(f.Path), kind, cert})
 	}
 	return out, nil
 }
@@ -155,6 +155,7 @@ func compose(l Layout, s Scope, m Machine, mat *Material, public map[string]cryp
 	return t, t.w.Close()
 }
 
+// keyName is the name of the key that a machine makes for a file, below RUN/keys.
 func keyName(p string) string { return strings.Trim(strings.ReplaceAll(p, "/", "-"), "-") }
 
 // composeFile adds one file at one stage.

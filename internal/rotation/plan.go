@@ -154,7 +154,7 @@ func MakePlan(o Observation, s Scope, run string) (Plan, error) {
 // fit refuses clusters that are not ready for a rotation.
 func fit(o Observation, s Scope) error {
 	if s == (Scope{}) {
-		return fault.New(fault.Invalid, "NothingToRotate", "Nothing is to be rotated.").WithFix("leave --only out, or name one of %s", strings.Join(scopeWords, ", "))
+		return fault.New(fault.Invalid, "NothingToRotate", "Nothing is to be rotated.").WithFix("leave --only out, or name one of %s", strings.Join(ScopeWords(), ", "))
 	}
 	if len(o.masters()) == 0 {
 		return fault.New(fault.Invalid, "NoMasters", "No node has a control plane.")

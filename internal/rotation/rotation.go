@@ -47,14 +47,14 @@ import (
 
 // Engine carries out a rotation. Fill it in and call [Engine.Run].
 type Engine struct {
-	Layout  Layout
-	Plan    Plan
-	Observe Observation // what the plan was made from
-	Hosts   map[string]Host
-	Connect Connect
-	Etcd    OpenEtcd
-	Dial    Dialer // into the cluster's network
-	Journal *journal.Journal
+	Layout   Layout
+	Plan     Plan
+	Observed Observation // what the plan was made from
+	Hosts    map[string]Host
+	Connect  Connect
+	Etcd     OpenEtcd
+	Dial     Dialer // into the cluster's network
+	Journal  *journal.Journal
 	// Copy returns the journal as it is on disk, for the masters.
 	Copy func() ([]byte, error)
 	// Seal encrypts to the operator; Open is its reverse.

@@ -47,7 +47,7 @@ func (e *Engine) succession(ctx context.Context, a Authority) (*Succession, erro
 	if e.material != nil {
 		return e.material.Authorities[a], nil
 	}
-	first := e.Observe.masters()[0]
+	first := e.Observed.masters()[0]
 	key, err := e.read(ctx, first.Name, e.Layout.rootKey(a))
 	if err != nil {
 		return nil, err
@@ -106,13 +106,13 @@ func (e *Engine) apiAs(node string, fresh bool, name pkix.Name) (API, error) {
 	if err != nil {
 		return nil, err
 	}
-	return e.Connect(e.Observe.machine(node).Endpoint, c)
+	return e.Connect(e.Observed.machine(node).Endpoint, c)
 }
 
 // anyAPI opens an API server that is ready.
 func (e *Engine) anyAPI(ctx context.Context) (API, error) {
 	var why error
-	for _, m := range e.Observe.masters() {
+	for _, m := range e.Observed.masters() {
 		api, err := e.api(m.Name)
 		if err == nil {
 			if err = api.Ready(ctx); err == nil {
@@ -135,7 +135,7 @@ func (e *Engine) openEtcd(ctx context.Context) (Etcd, error) {
 		return nil, err
 	}
 	var members []string
-	for _, m := range e.Observe.masters() {
+	for _, m := range e.Observed.masters() {
 		members = append(members, net.JoinHostPort(m.Address, e.Layout.EtcdPort))
 	}
 	return e.Etcd(ctx, members, c)

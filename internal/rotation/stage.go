@@ -56,18 +56,17 @@ func ParseScope(words []string) (Scope, []string) {
 	return s, unknown
 }
 
-// ScopeWords are those that [ParseScope] knows.
-var scopeWords = []string{"cluster-ca", "etcd-ca", "front-proxy-ca", "service-account-keys", "leaves"}
-
 // ScopeWords returns the words that ParseScope knows.
-func ScopeWords() []string { return append([]string(nil), scopeWords...) }
+func ScopeWords() []string {
+	return []string{"cluster-ca", "etcd-ca", "front-proxy-ca", "service-account-keys", "leaves"}
+}
 
 // String lists what is replaced.
 func (s Scope) String() string {
 	var out []string
 	for i, in := range []bool{s.Cluster, s.Etcd, s.FrontProxy, s.Tokens, s.Leaves} {
 		if in {
-			out = append(out, scopeWords[i])
+			out = append(out, ScopeWords()[i])
 		}
 	}
 	return strings.Join(out, ", ")

@@ -82,7 +82,7 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 }
 
 func (e *Engine) backUp(ctx context.Context, node string) error {
-	m := e.Observe.machine(node)
+	m := e.Observed.machine(node)
 	var paths []string
 	for _, f := range e.Layout.of(m.Master) {
 		if !m.Files[f.Path].Absent {
@@ -114,7 +114,7 @@ func (e *Engine) make(ctx context.Context) error {
 	if e.material != nil {
 		return nil
 	}
-	first := e.Observe.masters()[0]
+	first := e.Observed.masters()[0]
 	roots, keys := map[Authority][]byte{}, map[Authority][]byte{}
 	for _, a := range e.Layout.authorities() {
 		key, err := e.read(ctx, first.Name, e.Layout.rootKey(a))
@@ -155,7 +155,7 @@ func (e *Engine) read(ctx context.Context, node, path string) ([]byte, error) {
 
 // stage makes keys on a machine, issues certificates for them, and sends the trees.
 func (e *Engine) stage(ctx context.Context, node string) error {
-	m := e.Observe.machine(node)
+	m := e.Observed.machine(node)
 	wants, err := e.Layout.keysOf(e.Plan.Scope, m)
 	if err != nil {
 		return err
@@ -207,7 +207,7 @@ func (e *Engine) publish(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading the journal: %w", err)
 	}
-	for _, m := range e.Observe.masters() {
+	for _, m := range e.Observed.masters() {
 		if err := e.Hosts[m.Name].Put(ctx, e.dir()+"/journal", bytes.NewReader(text), 0o600); err != nil {
 			return err
 		}
@@ -269,7 +269,7 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 
 // restart restarts components of a machine so that they run as at the stage.
 func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
-	m := e.Observe.machine(s.Node)
+	m := e.Observed.machine(s.Node)
 	if c := e.Layout.component(s.Components[0]); c.Unit != "" {
 		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
 		return err
@@ -304,7 +304,7 @@ func (e *Engine) unit(s Step) string {
 // neighbour is another master whose API server is ready.
 func (e *Engine) neighbour(ctx context.Context, m Machine) (string, error) {
 	var why error
-	for _, other := range e.Observe.masters() {
+	for _, other := range e.Observed.masters() {
 		if other.Name == m.Name {
 			continue
 		}
