@@ -40,7 +40,7 @@ func (o *options) register(f *pflag.FlagSet) {
 	f.StringVar(&o.clientSecret, "client-secret", "", "service principal's secret; better in AZURE_CLIENT_SECRET")
 	f.StringVar(&o.azureEnv, "azure-env", "AzurePublicCloud", "name of the cloud")
 	f.StringVar(&o.profile, "certificate-profile", "", "path of a JSON file with the new certificates")
-	f.BoolVar(&o.force, "force", false, "go on even if the API server does not answer")
+	f.BoolVar(&o.force, "force", false, "accepted; skips nothing in this version")
 	f.StringVar(&o.authMethod, "auth-method", "client_secret", "how the service principal logs in: client_secret, client_certificate, cli or device")
 	f.StringVar(&o.certificatePath, "certificate-path", "", "path of the service principal's certificate")
 	f.StringVar(&o.privateKeyPath, "private-key-path", "", "path of the key of that certificate")
@@ -96,6 +96,9 @@ func (o *options) complete(env func(string) string, warn func(string, ...any)) e
 	}
 	if o.location != "" || o.subscription != "" || o.group != "" || o.clientID != "" {
 		warn("Nothing here needs the cloud's API: location, subscription, resource group and service principal are not used.")
+	}
+	if o.force {
+		warn("--force skips nothing in this version: a cluster whose API servers do not answer is refused.")
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {

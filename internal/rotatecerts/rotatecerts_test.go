@@ -73,6 +73,12 @@ func TestCloudFlagsAreAcceptedAndSaidToBeUnused(t *testing.T) {
 	}
 }
 
+func TestForceSaysThatItSkipsNothing(t *testing.T) {
+	if _, _, errs := call(t, nil, "--force", "--ssh-host", "h", "--linux-ssh-private-key", "/nowhere/id"); !strings.Contains(errs, "--force skips nothing") {
+		t.Errorf("with --force:\n%s", errs)
+	}
+}
+
 func TestPathsAreExpanded(t *testing.T) {
 	for path, want := range map[string]string{"~/.ssh/id_rsa": "/home/me/.ssh/id_rsa", "~": "/home/me", "/a/~": "/a/~", "~you/x": "~you/x", "x": "x"} {
 		if got := expand(path, "/home/me"); got != want {
