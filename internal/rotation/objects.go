@@ -149,7 +149,7 @@ func (e *Engine) clusterInfo(ctx context.Context, api API, roots []byte) error {
 		if err != nil {
 			return err
 		}
-		text, err := k.with(roots, nil)
+		text, err := k.with(roots, nil, nil)
 		if err != nil {
 			return err
 		}

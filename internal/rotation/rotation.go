@@ -62,10 +62,19 @@ type Engine struct {
 	Open func(sealed []byte) ([]byte, error)
 	// Spool keeps what write writes, sealed, and returns it from the start.
 	Spool func(write func(w io.Writer) error) (io.ReadSeekCloser, error)
+	// Profile is the certificate profile of the cluster's API model, by entry, and
+	// SaveProfile changes entries there; both nil where there is none.
+	Profile     map[string][]byte
+	SaveProfile func(ctx context.Context, entries map[string][]byte) error
+	// Given are entries of a certificate profile with the new CA and certificates, which
+	// the operator gives; nil: they are made.
+	Given map[string][]byte
 	// Who names this runner to others: user and machine.
 	Who string
 	// TakeOver takes the lock of a runner that is still at work.
 	TakeOver bool
+	// Force goes on without the proofs that need an API server, while none answers.
+	Force bool
 	// Soak is how long to wait at most for the old to be unused; zero: the longest
 	// lifetime of a token in use, at most an hour.
 	Soak time.Duration
