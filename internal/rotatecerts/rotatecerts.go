@@ -26,7 +26,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -165,95 +164,25 @@ func (c *command) fail(err error) int {
 
 func (c *command) warn(format string, args ...any) { fmt.Fprintf(c.Err, format+"\n", args...) }
 
-// session is a connection to a cluster.
-type session struct {
-	jump   *remote.Jump
-	sealer *remote.Sealer
-	layout rotation.Layout
-	hosts  map[string]rotation.Host
-}
-
-func (s *session) close() { _ = s.jump.Close() }
-
-// open connects to the jump host and tells the layout.
-func (c *command) open(ctx context.Context) (*session, error) {
-	if err := c.o.complete(c.Env, c.warn); err != nil {
-		return nil, err
-	}
-	key, err := os.ReadFile(c.o.sshKey)
-	if err != nil {
-		return nil, fault.New(fault.Invalid, "NoKey", "The SSH key cannot be read: %s.", err).At("--linux-ssh-private-key")
-	}
-	s := &session{hosts: map[string]rotation.Host{}}
-	var passphrase func() ([]byte, error)
-	if c.Passphrase != nil {
-		passphrase = sync.OnceValues(func() ([]byte, error) { return c.Passphrase(c.o.sshKey) })
-	}
-	if s.sealer, err = remote.NewSealer(key, passphrase, c.o.recipients); err != nil {
-		return nil, err
-	}
-	cfg := remote.Config{Address: c.o.sshHost, User: c.o.sshUser, Key: key, Passphrase: passphrase, KnownHosts: c.o.knownHosts}
-	if c.Ask != nil {
-		cfg.Confirm = c.confirm
-	}
-	if s.jump, err = remote.Dial(ctx, cfg); err != nil {
-		return nil, err
-	}
-	s.layout, err = rotation.Detect(ctx, s.jump.Host("the SSH host"), []rotation.Layout{rotation.Kubeadm()})
-	if err != nil {
-		s.close()
-		return nil, err
-	}
-	return s, nil
-}
-
-// reach opens every node.
-func (s *session) reach(ctx context.Context, nodes []rotation.Node) error {
-	var targets []remote.Target
-	for _, n := range nodes {
-		targets = append(targets, remote.Target{Name: n.Name, Address: n.Address})
-	}
-	hosts, err := s.jump.Hosts(ctx, targets)
-	if err != nil {
-		return err
-	}
-	for _, h := range hosts {
-		s.hosts[h.Name()] = h
-	}
-	return nil
-}
-
-func (c *command) confirm(unknown []remote.Fingerprint) (bool, error) {
-	var text strings.Builder
-	text.WriteString("These host keys are not known yet:\n")
-	for _, f := range unknown {
-		fmt.Fprintf(&text, "  %s\n", f)
-	}
-	text.WriteString("Are they right?")
-	return c.Ask(text.String())
-}
-
-// look finds the nodes and looks at them.
-func (s *session) look(ctx context.Context) (rotation.Observation, error) {
-	nodes, err := rotation.FindNodes(ctx, s.jump.Host("the SSH host"), s.layout, kube.Connector(s.jump), time.Now())
-	if err != nil {
-		return rotation.Observation{}, err
-	}
-	if err := s.reach(ctx, nodes); err != nil {
-		return rotation.Observation{}, err
-	}
-	return rotation.Observe(ctx, s.layout, nodes, s.hosts, time.Now())
-}
-
 // newPlan makes the plan of a run that begins now.
 func (c *command) newPlan(ctx context.Context, s *session) (rotation.Plan, rotation.Observation, error) {
 	scope, unknown := rotation.ParseScope(c.o.only)
 	if len(unknown) > 0 {
 		return rotation.Plan{}, rotation.Observation{}, usage("--only", "%s is not known: use %s", strings.Join(unknown, ", "), strings.Join(rotation.ScopeWords(), ", "))
 	}
-	o, err := s.look(ctx)
+	o, dead, err := c.look(ctx, s)
 	if err != nil {
 		return rotation.Plan{}, o, err
+	}
+	if dead {
+		recovery, err := rotation.RecoveryScope(o)
+		if err != nil {
+			return rotation.Plan{}, o, err
+		}
+		if len(c.o.only) == 0 {
+			scope = rotation.Scope{}
+		}
+		scope = scope.With(recovery)
 	}
 	p, err := rotation.MakePlan(o, scope, newRun(time.Now()))
 	return p, o, err
@@ -362,6 +291,9 @@ func (c *command) drive(ctx context.Context, begin bool, act func(*rotation.Engi
 		return err
 	}
 	e := c.engine(s, p, o, j, path)
+	if err := c.model(s, e); err != nil {
+		return err
+	}
 	began := time.Now()
 	fmt.Fprintf(c.Out, "Rotation %s, journal %s\n", p.Run, path)
 	err = act(e, ctx)
@@ -375,6 +307,9 @@ func (c *command) drive(ctx context.Context, begin bool, act func(*rotation.Engi
 func (c *command) start(ctx context.Context, s *session) (string, *journal.Journal, error) {
 	p, o, err := c.newPlan(ctx, s)
 	if err != nil {
+		return "", nil, err
+	}
+	if err := c.checkGiven(s, o); err != nil {
 		return "", nil, err
 	}
 	p.Describe(c.Out)
@@ -392,12 +327,12 @@ func (c *command) start(ctx context.Context, s *session) (string, *journal.Journ
 
 func (c *command) engine(s *session, p rotation.Plan, o rotation.Observation, j *journal.Journal, path string) *rotation.Engine {
 	return &rotation.Engine{
-		Layout: s.layout, Plan: p, Observed: o, Hosts: s.hosts, Connect: kube.Connector(s.jump), Etcd: etcdadmin.Opener(s.jump), Dial: s.jump,
+		Layout: o.Layout, Plan: p, Observed: o, Hosts: s.hosts, Connect: kube.Connector(s.jump), Etcd: etcdadmin.Opener(s.jump), Dial: s.jump,
 		Journal: j, Copy: func() ([]byte, error) { return os.ReadFile(path) }, Seal: s.sealer.Seal, Open: s.sealer.Open,
 		Spool: func(write func(io.Writer) error) (io.ReadSeekCloser, error) {
 			return spool(filepath.Dir(path), s.sealer, write)
 		},
-		Who: who(path), TakeOver: c.o.takeOver, Soak: c.o.soak, RestartPods: c.o.restartPods, UntilSoak: c.o.until == "soak",
+		Who: who(path), TakeOver: c.o.takeOver, Soak: c.o.soak, RestartPods: c.o.restartPods, UntilSoak: c.o.until == "soak", Force: c.o.force,
 		Progress: c.progress(p), Note: func(format string, args ...any) { fmt.Fprintf(c.Out, "        "+format+"\n", args...) }, Now: time.Now,
 	}
 }

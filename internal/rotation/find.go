@@ -64,6 +64,27 @@ func FindNodes(ctx context.Context, h Host, l Layout, connect Connect, now time.
 		WithFix("repair it; or, if certificates have ended, run the same command with --force: it needs no API server")
 }
 
+// Alive names the masters whose API server answers.
+func Alive(ctx context.Context, h Host, o Observation, connect Connect) ([]string, error) {
+	as, err := administrator(ctx, h, o.Layout, o.At)
+	if err != nil {
+		return nil, err
+	}
+	var alive []string
+	for _, m := range o.masters() {
+		api, err := connect(m.Endpoint, as)
+		if err != nil {
+			return nil, err
+		}
+		within, cancel := context.WithTimeout(ctx, 5*time.Second)
+		if api.Ready(within) == nil {
+			alive = append(alive, m.Name)
+		}
+		cancel()
+	}
+	return alive, nil
+}
+
 // administrator is a credential made from the cluster CA on a master.
 func administrator(ctx context.Context, h Host, l Layout, now time.Time) (Credential, error) {
 	root, err := readFile(ctx, h, l.rootFile(ClusterCA))

@@ -3,6 +3,7 @@ package rotation
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -38,6 +39,24 @@ func MatchProfile(o Observation, profile map[string][]byte) error {
 		}
 	}
 	return nil
+}
+
+// Entries are the certificates that are in use, by their entry in the API model's
+// certificate profile.
+func (o Observation) Entries() (map[string]*x509.Certificate, error) {
+	out := map[string]*x509.Certificate{}
+	for _, f := range o.Layout.Files {
+		state := o.masters()[0].Files[f.Path]
+		if f.Entry == "" || state.Absent || f.Holds != LeafCert && f.Holds != Kubeconfig {
+			continue
+		}
+		cert, err := o.Layout.certificate(state)
+		if err != nil {
+			return nil, err
+		}
+		out[f.Entry] = cert
+	}
+	return out, nil
 }
 
 // newProfile are the entries of the API model once the new is in use.

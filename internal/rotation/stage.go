@@ -37,6 +37,11 @@ func Everything() Scope {
 	return Scope{Cluster: true, Etcd: true, FrontProxy: true, Tokens: true, Leaves: true}
 }
 
+// With adds what another scope has.
+func (s Scope) With(t Scope) Scope {
+	return Scope{s.Cluster || t.Cluster, s.Etcd || t.Etcd, s.FrontProxy || t.FrontProxy, s.Tokens || t.Tokens, s.Leaves || t.Leaves, s.Apart || t.Apart}
+}
+
 // ParseScope reads the words of --only; none means everything.
 func ParseScope(words []string) (Scope, []string) {
 	if len(words) == 0 {
