@@ -46,7 +46,7 @@ func (o *options) register(f *pflag.FlagSet) {
 	f.StringVar(&o.clientSecretFile, "client-secret-file", "", "path of a file with the service principal's secret")
 	f.StringVar(&o.azureEnv, "azure-env", "AzurePublicCloud", "name of the cloud")
 	f.StringVar(&o.profile, "certificate-profile", "", "path of a JSON file with the new certificates")
-	f.BoolVar(&o.force, "force", false, "accepted; skips nothing in this version")
+	f.BoolVar(&o.force, "force", false, "go on without the proofs that need an API server, while none answers; brings back a cluster whose certificates have ended")
 	f.StringVar(&o.authMethod, "auth-method", "client_secret", "how the service principal logs in: client_secret, client_certificate, cli or device")
 	f.StringVar(&o.certificatePath, "certificate-path", "", "path of the service principal's certificate")
 	f.StringVar(&o.privateKeyPath, "private-key-path", "", "path of the key of that certificate")
@@ -105,11 +105,8 @@ func (o *options) warn(warn func(string, ...any)) {
 	if o.clientSecret != "" {
 		warn("Warning: a secret on the command line can be seen by every user of this machine; set AZURE_CLIENT_SECRET or use --client-secret-file instead.")
 	}
-	if o.layout != aksEngine && (o.location != "" || o.subscription != "" || o.group != "" || o.clientID != "") {
+	if o.location != "" || o.subscription != "" || o.group != "" || o.clientID != "" {
 		warn("Nothing here needs the cloud's API: location, subscription, resource group and service principal are not used.")
-	}
-	if o.force {
-		warn("--force skips nothing in this version: a cluster whose API servers do not answer is refused.")
 	}
 }
 

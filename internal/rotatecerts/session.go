@@ -82,13 +82,10 @@ func (c *command) connect(ctx context.Context, s *session) error {
 
 // sshUser is the login user: given, or that of the API model.
 func (c *command) sshUser(s *session) string {
-	switch {
-	case c.o.sshUser != "":
-		return c.o.sshUser
-	case s.model != nil && s.model.AdminUser != "":
+	if c.o.userFromModel && s.model != nil && s.model.AdminUser != "" {
 		return s.model.AdminUser
 	}
-	return "azureuser"
+	return c.o.sshUser
 }
 
 // detect tells the layout, and checks the flags that depend on it.
