@@ -288,6 +288,9 @@ done
 mkdir -p "$RUN"; chmod 700 "$RUN"
 printf '%s' "$WHO" >"$RUN/who"
 printf '%s' "$TOKEN" >"$RUN/holder.part"; mv -f "$RUN/holder.part" "$RUN/holder"
+for other in "$(dirname "$RUN")"/*/holder; do # who held the lock for another run meets the fence, too
+  [ "$other" = "$RUN/holder" ] || rm -f "$other"
+done
 echo taken
 `
 
