@@ -167,10 +167,10 @@ func (c *cluster) authorities(t *testing.T, node string) map[string]string {
 	return out
 }
 
-// works checks that the cluster works for somebody who logs in as an administrator:
+// worksFor checks that the cluster works for somebody who logs in as an administrator:
 // the API answers through the load balancer, nodes are ready, and the API servers get
 // on with the kubelets.
-func (c *cluster) works(t *testing.T, as *login) {
+func (c *cluster) worksFor(t *testing.T, as *login) {
 	t.Helper()
 	c = c.in(t)
 	c.reads(t, as)

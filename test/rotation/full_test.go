@@ -119,7 +119,7 @@ func (c *cluster) keepsMajority(t *testing.T) {
 	if status, _ := c.call("--only", "etcd-ca"); status != 0 {
 		t.Errorf("with all members: exit status %d", status)
 	}
-	c.works(t, c.admin())
+	c.worksFor(t, c.admin())
 	c.leavesNothingAtWork(t)
 }
 
