@@ -121,7 +121,7 @@ func (e *Engine) objects(ctx context.Context, at Stage) error {
 	if at != Retired {
 		return nil
 	}
-	return e.rebuildTrust(ctx, api)
+	return e.rebuildTrust(ctx, api, func(s *Succession) []byte { return s.Old })
 }
 
 // replaceRoots replaces the cluster's CAs in a bundle; ok is false for a bundle of
@@ -162,41 +162,47 @@ func (e *Engine) clusterInfo(ctx context.Context, api API, roots []byte) error {
 	return err
 }
 
-// rebuildTrust makes the API servers write anew what aggregated API servers
-// trust: they only ever add to it.
-func (e *Engine) rebuildTrust(ctx context.Context, api API) error {
-	const namespace, name = "kube-system", "extension-apiserver-authentication"
-	old := map[string][]byte{"client-ca-file": e.material.Authorities[ClusterCA].Old}
-	if s := e.material.Authorities[FrontProxyCA]; s != nil && s.renewed() {
-		old["requestheader-client-ca-file"] = s.Old
+// untrust takes the new CAs, on the way back, out of what aggregated API servers
+// trust. Every API server has the old roots alone by then.
+func (e *Engine) untrust(ctx context.Context) error {
+	state := e.Journal.State()
+	trusted := func(s Step) bool { return s.Phase == Trust && state.Steps[s.Name()] != "" }
+	if e.material == nil || !slices.ContainsFunc(e.Plan.Steps, trusted) {
+		return nil
 	}
-	stale := func(ctx context.Context) (bool, error) {
-		data, err := api.ConfigMap(ctx, namespace, name)
-		if err != nil {
-			return false, err
-		}
-		for entry, ca := range old {
-			if holds([]byte(data[entry]), ca) {
-				return true, nil
-			}
-		}
-		return false, nil
-	}
-	is, err := stale(ctx)
-	if err != nil && !errors.Is(err, fault.NotFound) {
+	api, err := e.anyAPI(ctx)
+	if err != nil {
 		return err
 	}
-	if is {
-		if err := api.DeleteConfigMap(ctx, namespace, name); err != nil && !errors.Is(err, fault.NotFound) {
-			return err
+	return e.rebuildTrust(ctx, api, func(s *Succession) []byte { return s.New })
+}
+
+// rebuildTrust makes the API servers write anew what aggregated API servers
+// trust, without one CA of each authority: they only ever add to it. One that has
+// not read its new roots yet adds the CA again; then it is done again.
+func (e *Engine) rebuildTrust(ctx context.Context, api API, gone func(*Succession) []byte) error {
+	const namespace, name = "kube-system", "extension-apiserver-authentication"
+	leaves := map[string][]byte{}
+	for entry, a := range map[string]Authority{"client-ca-file": ClusterCA, "requestheader-client-ca-file": FrontProxyCA} {
+		if s := e.material.Authorities[a]; s != nil && s.renewed() {
+			leaves[entry] = gone(s)
 		}
 	}
 	return until(ctx, 2*time.Minute, func(ctx context.Context) error {
-		is, err := stale(ctx)
-		if err == nil && is {
-			err = fault.New(fault.Precondition, "StillTrusted", "The ConfigMap %s/%s still names an old CA.", namespace, name)
+		data, err := api.ConfigMap(ctx, namespace, name)
+		if err != nil {
+			return err
 		}
-		return err
+		for entry, ca := range leaves {
+			if !holds([]byte(data[entry]), ca) {
+				continue
+			}
+			if err := api.DeleteConfigMap(ctx, namespace, name); err != nil && !errors.Is(err, fault.NotFound) {
+				return err
+			}
+			return fault.New(fault.Precondition, "StillTrusted", "The ConfigMap %s/%s still names a CA that has gone.", namespace, name)
+		}
+		return nil
 	})
 }
 

@@ -50,7 +50,7 @@ type Facts struct {
 	Tools     []string
 	FreeKiB   int64
 	Addresses []string
-	Runs      []string // rotations that left a folder
+	Runs      []string // rotations that are not finished: their files and a copy of their journal are there
 }
 
 // has reports whether a program is there.

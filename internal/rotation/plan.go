@@ -186,6 +186,10 @@ func fit(o Observation, s Scope) error {
 		if skew := m.Facts.Now.Sub(o.At).Abs(); skew > 5*time.Minute {
 			return fault.New(fault.Precondition, "ClockSkew", "The clock of %s is %s off ours.", m.Name, skew.Round(time.Second)).WithFix("set it right: certificates would not be valid there yet, or no longer")
 		}
+		for _, run := range m.Facts.Runs { // near its end a rotation has no file any more that only a rotation has
+			return fault.New(fault.Conflict, "UnfinishedRotation", "%s has the files of rotation %s, which is not finished.", m.Name, run).
+				WithFix("finish it or roll it back: put %s/%s/journal of that machine into DIR/%s/journal and go on with --run-dir DIR", baseDir, run, run)
+		}
 		for _, f := range o.Layout.of(m.Master) {
 			if s.Cluster && f.Holds == Manifest && strings.Contains(string(m.Files[f.Path].Content), "--kubelet-certificate-authority=") {
 				return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the serving certificates of kubelets, which this version does not renew: logs and exec would fail when the old CA retires.", m.Name).

@@ -65,7 +65,9 @@ for tool in openssl iptables curl systemctl sha256sum base64 tar; do
 done
 echo "free=$(df -Pk /var /etc | awk 'NR>1{print $4}' | sort -n | head -1)"
 echo "addresses=$(hostname -I 2>/dev/null)"
-[ -d "$1" ] && ls "$1" | sed 's/^/run=/' || true
+for d in "$1"/*/; do
+  if [ -d "$d/old" ] && [ -e "$d/journal" ]; then echo "run=$(basename "$d")"; fi
+done
 `
 
 // startedScript prints "yes" if the process named $1 began after the last change
@@ -297,6 +299,9 @@ done
 mkdir -p "$RUN"; chmod 700 "$RUN"
 printf '%s' "$WHO" >"$RUN/who"
 printf '%s' "$TOKEN" >"$RUN/holder.part"; mv -f "$RUN/holder.part" "$RUN/holder"
+for other in "$(dirname "$RUN")"/*/holder; do # who held the lock for another run meets the fence, too
+  [ "$other" = "$RUN/holder" ] || rm -f "$other"
+done
 echo taken
 `
 

@@ -32,6 +32,7 @@ func (e *Engine) step(s Step) journal.Step {
 		out.Do = func(ctx context.Context) error { return e.snapshot(ctx, s.Node) }
 	case Make:
 		out.Do = e.make
+		out.Undo = e.untrust
 	case StageIt:
 		out.Do = func(ctx context.Context) error { return e.stage(ctx, s.Node) }
 	case Publish:

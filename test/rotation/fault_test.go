@@ -9,16 +9,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"keyfleet.dev/keyfleet/internal/journal"
 )
-
-// deep says that everything is wanted, not a sample.
-func deep() bool { return os.Getenv("KEYFLEET_TEST_DEEP") != "" }
 
 // exit is the exit status of a command that ended by itself, -1 if it was killed.
 func exit(t *testing.T, err error) int {
@@ -55,21 +51,6 @@ func (c *cluster) kill(point func(n int) string, args ...string) (kills, status 
 			return kills, 0
 		}
 	}
-}
-
-// finished reports whether the newest run is finished.
-func (c *cluster) finished() bool {
-	c.t.Helper()
-	paths, err := filepath.Glob(filepath.Join(c.dir, "*", "journal"))
-	if err != nil || len(paths) == 0 {
-		return false
-	}
-	j, err := journal.Open(slices.Max(paths))
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	defer j.Close()
-	return j.State().Finished
 }
 
 // somewhere is a sequence of points: the first effects of a run (its journal is
@@ -155,6 +136,7 @@ func TestOneMaster(t *testing.T) {
 
 // leavesNoSecret looks for private keys and tokens where none may be.
 func (c *cluster) leavesNoSecret(t *testing.T) {
+	c = c.in(t)
 	for _, n := range c.Nodes {
 		if out := c.sh(n.Name, `grep -l -E 'PRIVATE KEY|eyJhbGciOi' -r /var/log/azure /var/lib/keyfleet 2>/dev/null || true`); strings.TrimSpace(out) != "" {
 			t.Errorf("secrets on %s in %s", n.Name, out)

@@ -19,8 +19,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -96,8 +98,9 @@ type probes struct {
 	seen     []int
 	rewatch  int
 
-	stop context.CancelFunc
-	done sync.WaitGroup
+	stop  context.CancelFunc
+	done  sync.WaitGroup
+	ended sync.Once
 }
 
 // begin starts probes at about twenty requests a second and target.
@@ -121,8 +124,19 @@ func begin(dial func(ctx context.Context, network, address string) (net.Conn, er
 	return p
 }
 
-// end stops the probes and waits for them.
-func (p *probes) end() { p.stop(); p.done.Wait() }
+// end stops the probes and waits for them. A target that has not answered until
+// then has a gap up to then.
+func (p *probes) end() {
+	p.stop()
+	p.done.Wait()
+	p.ended.Do(func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for _, o := range p.outcomes {
+			o.longest = max(o.longest, time.Since(o.last))
+		}
+	})
+}
 
 // client makes a client of one connection.
 func (p *probes) client(t target) *http.Client {
@@ -301,7 +315,8 @@ func (p *probes) String() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var b strings.Builder
-	for name, o := range p.outcomes {
+	for _, name := range slices.Sorted(maps.Keys(p.outcomes)) {
+		o := p.outcomes[name]
 		fmt.Fprintf(&b, "%-14s %6d requests, %d failed, longest gap %.2f s %v\n", name, o.total, o.failed, o.longest.Seconds(), o.reasons)
 	}
 	fmt.Fprintf(&b, "watch          %d writes, opened again %d times\n", p.written, p.rewatch)

@@ -3,13 +3,10 @@
 package rotation
 
 import (
-	"bufio"
 	"context"
 	"fmt"
-	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -25,13 +22,33 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// cluster is a bed, and the program that rotates it.
+// deep says that everything is wanted, not a sample.
+func deep() bool { return os.Getenv("KEYFLEET_TEST_DEEP") != "" }
+
+// cluster is a bed, and the program that rotates it, as it is called on one
+// machine: that is a folder of journals, a way to the SSH host, an environment.
 type cluster struct {
 	*bed.Cluster
-	t   *testing.T
-	bin string
-	dir string   // of the runs
-	env []string // more of the program's environment
+	t     *testing.T
+	bin   string
+	dir   string   // of the runs
+	door  string   // host:port of the SSH host, as this machine reaches it
+	known string   // file of known host keys
+	env   []string // more of the program's environment
+}
+
+// in is the same cluster in a part of the test.
+func (c *cluster) in(t *testing.T) *cluster {
+	d := *c
+	d.t = t
+	return &d
+}
+
+// elsewhere is the same cluster, as another machine sees it that knows nothing yet.
+func (c *cluster) elsewhere() *cluster {
+	d := *c
+	d.dir, d.env = c.t.TempDir(), nil
+	return &d
 }
 
 // up brings a bed up, which ends with the test. tags are those of the program.
@@ -64,7 +81,8 @@ func up(t *testing.T, masters, workers int, tags string) *cluster {
 			t.Errorf("taking the cluster down: %v", err)
 		}
 	})
-	return &cluster{Cluster: c, t: t, bin: filepath.Join(bin, "keyfleet"), dir: t.TempDir()}
+	door := net.JoinHostPort(c.SSHHost, fmt.Sprint(c.SSHPort))
+	return &cluster{Cluster: c, t: t, bin: filepath.Join(bin, "keyfleet"), dir: t.TempDir(), door: door, known: c.KnownHosts}
 }
 
 // logTo writes lines into the test's log.
@@ -73,41 +91,6 @@ type logTo struct{ t *testing.T }
 func (l logTo) Write(p []byte) (int, error) {
 	l.t.Log(strings.TrimRight(string(p), "\n"))
 	return len(p), nil
-}
-
-// command is one call of rotate-certs.
-func (c *cluster) command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, c.bin, append([]string{"rotate-certs"}, args...)...)
-	cmd.Args = append(cmd.Args, "--ssh-host", fmt.Sprintf("ssh://%s@%s", c.SSHUser, net.JoinHostPort(c.SSHHost, fmt.Sprint(c.SSHPort))),
-		"--linux-ssh-private-key", c.SSHKey, "--known-hosts", c.KnownHosts, "--run-dir", c.dir)
-	cmd.Env = append(os.Environ(), c.env...)
-	return cmd
-}
-
-// rotate runs rotate-certs to its end; at tells of each line.
-func (c *cluster) rotate(at func(line string), args ...string) error {
-	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), 30*time.Minute)
-	defer cancel()
-	cmd := c.command(ctx, args...)
-	out, in := io.Pipe()
-	cmd.Stdout, cmd.Stderr = in, in
-	if err := cmd.Start(); err != nil {
-		c.t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { // ends with the command
-		err := cmd.Wait()
-		in.Close()
-		ended <- err
-	}()
-	for lines := bufio.NewScanner(out); lines.Scan(); {
-		c.t.Log(lines.Text())
-		if at != nil {
-			at(lines.Text())
-		}
-	}
-	return <-ended
 }
 
 // sh runs a script on a machine.
@@ -135,7 +118,7 @@ func (c *cluster) admin() *login {
 // begin starts probes, for which it makes an object.
 func (c *cluster) begin() *probes {
 	c.t.Helper()
-	c.sh("master-0", "kubectl --kubeconfig /etc/kubernetes/admin.conf create configmap probe")
+	c.sh("master-0", "kubectl create configmap probe --dry-run=client -o yaml | kubectl apply -f -")
 	servers := map[string]string{}
 	for _, n := range c.Nodes {
 		if n.Role == bed.RoleMaster {
@@ -158,58 +141,15 @@ func (c *cluster) keys(node string) map[string]string {
 	return out
 }
 
-func TestFullRotationLosesNoRequest(t *testing.T) {
-	c := up(t, 3, 1, "")
-	before := map[string]map[string]string{}
-	for _, n := range c.Nodes {
-		before[n.Name] = c.keys(n.Name)
-	}
-	old := c.admin()
-	p := c.begin()
-	began := time.Now()
-	err := c.rotate(func(line string) {
-		if strings.Contains(line, "point of no return ----") && !strings.Contains(line, "until here") {
-			p.login.Store(c.admin()) // what an administrator does after the switch
-		}
-	}, "--restart-pods")
-	took := time.Since(began)
-	p.end()
-	t.Logf("rotated in %s\n%s", took.Round(time.Second), p)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if o := p.outcomes["load balancer"]; o.failed != 0 || o.total < 100 {
-		t.Errorf("%d of %d requests through the load balancer failed: %v", o.failed, o.total, o.reasons)
-	}
-	if n := p.missed(); n != 0 {
-		t.Errorf("the watch missed %d of %d writes", n, p.written)
-	}
-	for _, n := range c.Nodes {
-		for file, sum := range c.keys(n.Name) {
-			if sum == before[n.Name][file] {
-				t.Errorf("%s on %s is as it was", file, n.Name)
-			}
-		}
-	}
-	c.adminChanged(old)
-	if t.Failed() {
-		return
-	}
-	fmt.Printf("a full rotation of %d nodes took %s: %d requests through the load balancer, %d failed, longest gap %.2f s\n",
-		len(c.Nodes), took.Round(time.Second), p.outcomes["load balancer"].total, p.outcomes["load balancer"].failed, p.outcomes["load balancer"].longest.Seconds())
-}
-
 // adminChanged checks that the new administrator's kubeconfig works, and the old does not.
 func (c *cluster) adminChanged(old *login) {
 	c.t.Helper()
+	c.reads(c.t, c.admin())
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	lb := target{"load balancer", c.LoadBalancer, true}
 	p := &probes{dial: c.Dial}
 	p.login.Store(c.admin())
-	if err := p.read(ctx, p.client(lb), lb); err != nil {
-		c.t.Errorf("the new administrator: %v", err)
-	}
 	p.login.Store(&login{roots: p.login.Load().roots, cert: old.cert})
 	if err := p.read(ctx, p.client(lb), lb); err == nil || !strings.Contains(err.Error(), "401") && !strings.Contains(err.Error(), "403") {
 		c.t.Errorf("the old administrator: %v, want a refusal", err)
@@ -220,5 +160,28 @@ func (c *cluster) adminChanged(old *login) {
 	}
 	if out := c.sh("master-0", "kubectl --kubeconfig /etc/kubernetes/admin.conf get nodes --no-headers"); strings.Count(out, " Ready ") != len(c.Nodes) {
 		c.t.Errorf("nodes afterwards:\n%s", out)
+	}
+}
+
+// reads checks that somebody may read through the load balancer. It stands beside
+// probes, which have no second try: a balancer may be a second behind.
+func (c *cluster) reads(t *testing.T, as *login) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	lb := target{"load balancer", c.LoadBalancer, true}
+	p := &probes{dial: c.Dial}
+	p.login.Store(as)
+	for {
+		err := p.read(ctx, p.client(lb), lb)
+		if err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Errorf("reading through the load balancer: %v", err)
+			return
+		case <-time.After(500 * time.Millisecond):
+		}
 	}
 }

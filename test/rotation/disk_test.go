@@ -1,0 +1,182 @@
+//go:build linux
+
+package rotation
+
+import (
+	"encoding/base64"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+
+	"keyfleet.dev/keyfleet/internal/pki"
+)
+
+// lookAt prints a line for each file that Kubernetes keeps on a machine:
+// path|type|mode|owner|target of a link|hash.
+const lookAt = `cd /
+find etc/kubernetes var/lib/kubelet/pki var/lib/kubelet/config.yaml var/lib/kubelet/kubeadm-flags.env -printf '%p|%y|%m|%U:%G|%l\n' | sort | while IFS= read -r line; do
+  sum=
+  case $line in *'|f|'*) sum=$(sha256sum <"/${line%%|*}" | cut -d' ' -f1) ;; esac
+  echo "$line|$sum"
+done`
+
+// disk is what is on one machine, by path: content, and mode and owner.
+type disk struct{ content, mode map[string]string }
+
+func (c *cluster) disk(node string) disk {
+	c.t.Helper()
+	d := disk{map[string]string{}, map[string]string{}}
+	for _, line := range strings.Split(strings.TrimSpace(c.sh(node, lookAt)), "\n") {
+		f := strings.Split(line, "|")
+		if len(f) != 6 {
+			c.t.Fatalf("%q is not a line of the script", line)
+		}
+		d.content[f[0]], d.mode[f[0]] = f[1]+" "+f[4]+f[5], f[2]+" "+f[3]
+	}
+	return d
+}
+
+// disks are those of all machines.
+func (c *cluster) disks() map[string]disk {
+	c.t.Helper()
+	out := map[string]disk{}
+	for _, n := range c.Nodes {
+		out[n.Name] = c.disk(n.Name)
+	}
+	return out
+}
+
+// difference names the paths of which two looks say different things.
+func difference(before, after map[string]string) []string {
+	var out []string
+	for p, was := range before {
+		if now, there := after[p]; !there {
+			out = append(out, p+" is gone")
+		} else if now != was {
+			out = append(out, p+" was "+was+" and is "+now)
+		}
+	}
+	for p := range after {
+		if _, there := before[p]; !there {
+			out = append(out, p+" is new")
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// asBefore checks that every file of every machine is byte for byte as it was,
+// with its mode and owner, and that there is no other.
+func (c *cluster) asBefore(t *testing.T, before map[string]disk) {
+	t.Helper()
+	for node, now := range c.in(t).disks() {
+		if d := difference(before[node].content, now.content); len(d) > 0 {
+			t.Errorf("%s is not as it was:\n%s", node, strings.Join(d, "\n"))
+		}
+		if d := difference(before[node].mode, now.mode); len(d) > 0 {
+			t.Errorf("modes on %s are not as they were:\n%s", node, strings.Join(d, "\n"))
+		}
+	}
+}
+
+// modesAsBefore checks modes and owners alone. The kubelet's new pair and the run's
+// name in its path are the only new file that a rotation leaves.
+func (c *cluster) modesAsBefore(t *testing.T, before map[string]disk) {
+	t.Helper()
+	for node, now := range c.in(t).disks() {
+		for _, d := range difference(before[node].mode, now.mode) {
+			if !strings.HasSuffix(d, ".pem is new") || path.Dir(d) != "var/lib/kubelet/pki" {
+				t.Errorf("on %s: %s", node, d)
+			}
+		}
+	}
+}
+
+// leavesNothingAtWork checks that no rotation has left a rule of the packet filter,
+// a unit, a half-written file or a lock on any machine.
+func (c *cluster) leavesNothingAtWork(t *testing.T) {
+	t.Helper()
+	for _, n := range c.Nodes {
+		out := c.in(t).sh(n.Name, `iptables-save 2>/dev/null | grep keyfleet || true
+systemctl list-units --all --plain --no-legend 'keyfleet-*' || true
+find / -xdev \( -name '*.keyfleet-new*' -o -name .keyfleet-manifest \) -not -path '/proc/*' 2>/dev/null || true
+find /var/lib/keyfleet/rotate-certs \( -name holder -o -name who -o -path '*/run/*' -type d \) 2>/dev/null || true`)
+		if out != "" {
+			t.Errorf("left on %s:\n%s", n.Name, out)
+		}
+	}
+}
+
+// roots are the cluster's CAs as clients are told of them, by where they are told.
+func (c *cluster) roots(t *testing.T) map[string]string {
+	t.Helper()
+	c = c.in(t)
+	out := map[string]string{}
+	for _, place := range []struct{ namespace, name, entry string }{
+		{"default", "kube-root-ca.crt", "ca.crt"},
+		{"kube-system", "kube-root-ca.crt", "ca.crt"},
+		{"kube-system", "extension-apiserver-authentication", "client-ca-file"},
+		{"kube-system", "extension-apiserver-authentication", "requestheader-client-ca-file"},
+	} {
+		out[place.namespace+"/"+place.name+" "+place.entry] = prints(t, c.sh("master-0", fmt.Sprintf("kubectl -n %s get configmap %s -o 'jsonpath={.data.%s}'", place.namespace, place.name, strings.ReplaceAll(place.entry, ".", `\.`))))
+	}
+	var info struct {
+		Clusters []struct {
+			Cluster struct {
+				CA string `json:"certificate-authority-data"`
+			} `json:"cluster"`
+		} `json:"clusters"`
+	}
+	if err := yaml.Unmarshal([]byte(c.sh("master-0", `kubectl -n kube-public get configmap cluster-info -o 'jsonpath={.data.kubeconfig}'`)), &info); err != nil || len(info.Clusters) != 1 {
+		t.Fatalf("reading cluster-info: %v", err)
+	}
+	ca, err := base64.StdEncoding.DecodeString(info.Clusters[0].Cluster.CA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out["kube-public/cluster-info"] = prints(t, string(ca))
+	return out
+}
+
+// prints are the hashes of the public keys of the certificates in a PEM text.
+func prints(t *testing.T, text string) string {
+	t.Helper()
+	chain, err := pki.ParseChain([]byte(text))
+	if err != nil {
+		t.Fatalf("%v in %q", err, text)
+	}
+	set := map[string]bool{}
+	for _, cert := range chain {
+		set[pki.PublicKeyHash(cert)] = true
+	}
+	return strings.Join(slices.Sorted(maps.Keys(set)), " ")
+}
+
+// authorities are the CAs that a master trusts, by file.
+func (c *cluster) authorities(t *testing.T, node string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for _, f := range []string{"ca.crt", "etcd/ca.crt", "front-proxy-ca.crt"} {
+		out[f] = prints(t, c.in(t).sh(node, "cat /etc/kubernetes/pki/"+f))
+	}
+	return out
+}
+
+// worksFor checks that the cluster works for somebody who logs in as an administrator:
+// the API answers through the load balancer, nodes are ready, and the API servers get
+// on with the kubelets.
+func (c *cluster) worksFor(t *testing.T, as *login) {
+	t.Helper()
+	c = c.in(t)
+	c.reads(t, as)
+	if out := c.sh("master-0", "kubectl get nodes --no-headers"); strings.Count(out, " Ready ") != len(c.Nodes) {
+		t.Errorf("nodes:\n%s", out)
+	}
+	c.sh("master-0", "kubectl rollout status deployment/probe --timeout=50s")
+	c.sh("master-0", "kubectl logs deployment/probe >/dev/null") // API server to kubelet
+}

@@ -1,0 +1,44 @@
+//go:build linux
+
+package rotation
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// takenOver is a rotation by two runners. The first is at work, in the phase
+// switch, when a second one comes: it is refused, and goes on in the first one's
+// place when it is told to. The first then fails with its next step and changes
+// nothing more. The second one dies at a point and leaves the rest to others.
+func (c *cluster) takenOver(t *testing.T, by *cluster, dies func() string) {
+	c, by = c.in(t), by.in(t)
+	a := c.start(nil, "--restart-pods")
+	a.await("done   switch: prove that the new is served")
+	a.signal(syscall.SIGSTOP) // its machine is slow: what it does next it does after it was replaced
+	run := c.runName()
+
+	status, out := by.call("resume")
+	if status != 1 || !strings.Contains(out, "NothingUnfinished") || !strings.Contains(out, "/var/lib/keyfleet/rotate-certs/RUN/journal") {
+		t.Errorf("without a journal: exit status %d, want 1 and where a copy is:\n%s", status, out)
+	}
+	by.brings(run, c.published(run))
+	by.isLockedOut(t)
+
+	by.diesAt(dies())
+	b := by.start(nil, "resume", "--take-over", "--restart-pods")
+	b.await(" done ")
+	done := a.count(" done ")
+	a.signal(syscall.SIGCONT)
+	if status := a.wait(); status != 1 || !strings.Contains(a.output(), "Error TakenOver: ") {
+		t.Errorf("the first runner ended with status %d, want 1 with the error TakenOver", status)
+	}
+	if more := a.count(" done ") - done; more > 1 { // one may have been under way
+		t.Errorf("the first runner did %d more steps after it was replaced", more)
+	}
+	if status := b.wait(); status != -1 {
+		t.Errorf("the second runner ended with status %d before it was killed", status)
+	}
+	c.isLockedOut(t) // the first runner's same command again, while the second one's lock is fresh
+}
