@@ -133,7 +133,7 @@ func TestCertificatesThatHaveEnded(t *testing.T) {
 	c.restartAll()
 	c.dead()
 	if status := exit(t, c.rotate(nil, "--force")); status != 0 {
-		t.Fatalf("exit status %d", status)
+		t.Fatalf("exit status %d; the kubelet says:\n%s", status, c.sh("master-0", "journalctl -u kubelet -n 120 --no-pager | cut -c1-400"))
 	}
 	c.works()
 	if now := cas(); now != before {
