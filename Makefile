@@ -30,7 +30,7 @@ test: ## everything; SHORT=1 leaves out what takes minutes
 test-deep: ## rotate-certs with its runner killed at every boundary
 	@KEYFLEET_TEST_DEEP=1 $(GO) test -count=1 -v -timeout 3h -run 'TestOneMaster' ./test/rotation
 
-cluster: ## a real Kubernetes cluster on this machine, as root: LAYOUT=kubeadm MASTERS=3 WORKERS=1
+cluster: ## a real Kubernetes cluster on this machine, as root: LAYOUT=kubeadm or aks-engine, MASTERS=3 WORKERS=1
 	@$(GO) build -o bin/bed ./test/bed/cmd/bed
 	@bin/bed prepare
 	@bin/bed up -layout $(or $(LAYOUT),kubeadm) -masters $(or $(MASTERS),3) -workers $(or $(WORKERS),1)
