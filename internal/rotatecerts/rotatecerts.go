@@ -327,7 +327,7 @@ func (c *command) start(ctx context.Context, s *session) (string, *journal.Journ
 
 func (c *command) engine(s *session, p rotation.Plan, o rotation.Observation, j *journal.Journal, path string) *rotation.Engine {
 	return &rotation.Engine{
-		Layout: o.Layout, Plan: p, Observed: o, Hosts: s.hosts, Connect: kube.Connector(s.jump), Etcd: etcdadmin.Opener(s.jump), Dial: s.jump,
+		Layout: o.Layout, Plan: p, Observed: o, Hosts: s.hosts, Connect: kube.Connector(s.jump), Etcd: etcdadmin.Opener(s.jump), Kubelet: kube.Kubelets(s.jump), Dial: s.jump,
 		Journal: j, Copy: func() ([]byte, error) { return os.ReadFile(path) }, Seal: s.sealer.Seal, Open: s.sealer.Open,
 		Spool: func(write func(io.Writer) error) (io.ReadSeekCloser, error) {
 			return spool(filepath.Dir(path), s.sealer, write)

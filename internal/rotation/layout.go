@@ -26,9 +26,8 @@ type Layout struct {
 
 // Copy is a key of etcd that holds what a file holds.
 type Copy struct {
-	Key    string // in etcd
-	Path   string
-	Prefix string // put before the content
+	Key  string // in etcd
+	Path string
 }
 
 // Authority names a PKI of the cluster.

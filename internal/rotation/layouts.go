@@ -118,7 +118,7 @@ func AKSEngine(masters int, admin string) Layout {
 		Copies: []Copy{
 			{Key: "/proxycerts/requestheader-client-ca-file", Path: certs + "proxy-ca.crt"},
 			{Key: "/proxycerts/proxy-client-cert-file", Path: certs + "proxy.crt"},
-			{Key: "/proxycerts/proxy-client-key-file", Path: certs + "proxy.key", Prefix: " "},
+			{Key: "/proxycerts/proxy-client-key-file", Path: certs + "proxy.key"},
 		},
 	}
 	pair := func(name string, on Role, by Authority, key Holds, entry, keyEntry string) {

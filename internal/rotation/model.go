@@ -140,7 +140,9 @@ func (e *Engine) copyToEtcd(ctx context.Context, at Stage) error {
 			return fault.New(fault.Conflict, "CopyChanged", "The key %s of etcd was changed by somebody else since the rotation began.", c.Key).
 				WithFix("find out who; put back what was there, or roll back")
 		}
-		pairs[c.Key] = e.copyAt(c, at)
+		// Its readers strip blanks, which the script that wrote it put around it.
+		was, is := bytes.TrimSpace(now), bytes.TrimSpace(e.copyAt(c, at))
+		pairs[c.Key] = bytes.Replace(now, was, is, 1)
 	}
 	return etcd.Put(ctx, pairs)
 }
@@ -151,7 +153,7 @@ func (e *Engine) knowsCopy(c Copy, now []byte) bool {
 	if e.Plan.Scope.Apart {
 		return true
 	}
-	return slices.ContainsFunc([]Stage{Old, Trusted, Switched, Retired}, func(at Stage) bool { return bytes.Equal(now, e.copyAt(c, at)) })
+	return slices.ContainsFunc([]Stage{Old, Trusted, Switched, Retired}, func(at Stage) bool { return bytes.Equal(bytes.TrimSpace(now), bytes.TrimSpace(e.copyAt(c, at))) })
 }
 
 // copyAt is what a copy holds at a stage.
@@ -159,18 +161,15 @@ func (e *Engine) copyAt(c Copy, at Stage) []byte {
 	f := e.Layout.file(c.Path)
 	ca := e.material.Authorities[f.Authority]
 	from := e.Layout.from(e.Plan.Scope, f, at)
-	var text []byte
 	switch {
 	case from == Old.String():
 		return e.material.Copies[c.Key]
 	case f.Holds == Roots && from == Trusted.String():
-		text = ca.both()
+		return ca.both()
 	case f.Holds == Roots:
-		text = ca.New
+		return ca.New
 	case f.Holds == LeafKey:
-		text = e.material.Shared[f.Path].Key
-	default:
-		text = e.material.Shared[e.Layout.keyOf(f.Path).Path].Cert
+		return e.material.Shared[f.Path].Key
 	}
-	return append([]byte(c.Prefix), text...)
+	return e.material.Shared[e.Layout.keyOf(f.Path).Path].Cert
 }

@@ -68,8 +68,43 @@ func (e *Engine) canary(ctx context.Context) error {
 			return fault.New(fault.Precondition, "NotTrusted", "%s does not accept the new material yet: %s.", m.Name, err).Because(err)
 		}
 	}
+	return e.kubelets(ctx, true, true)
+}
+
+// kubelets proves that every kubelet knows, or does not know, the owner of a
+// certificate of the new or old cluster CA.
+func (e *Engine) kubelets(ctx context.Context, fresh, want bool) error {
+	s := e.material.Authorities[ClusterCA]
+	if !s.renewed() {
+		return nil
+	}
+	c, err := s.credential(fresh, pkix.Name{CommonName: canaryName}, e.Now())
+	if err != nil {
+		return err
+	}
+	for _, n := range e.Plan.Nodes {
+		err := until(ctx, time.Minute, func(ctx context.Context) error {
+			who, err := e.Kubelet(ctx, net.JoinHostPort(n.Address, kubeletPort), c)
+			if errors.Is(err, fault.Precondition) { // it lets everybody in, which is not ours to judge
+				e.note("%v", err)
+				return nil
+			}
+			if err == nil && (who == canaryName) != want {
+				err = fmt.Errorf("it takes the owner of such a certificate for %q", who)
+			}
+			return err
+		})
+		if err != nil {
+			which := map[bool]string{true: "does not accept certificates of the new CA yet", false: "still accepts certificates of the old CA"}[fresh]
+			return fault.New(fault.Precondition, "KubeletTrust", "The kubelet of %s %s: %s.", n.Name, which, err).Because(err).
+				WithFix("look at its clientCAFile, then run the same command again")
+		}
+	}
 	return nil
 }
+
+// kubeletPort is where kubelets serve.
+const kubeletPort = "10250"
 
 func (e *Engine) accepted(ctx context.Context, m Machine) error {
 	if err := e.knows(ctx, m, true, true); err != nil {
@@ -220,7 +255,7 @@ func (e *Engine) refused(ctx context.Context) error {
 			return fault.New(fault.Precondition, "StillAccepted", "%s still accepts the old: %s.", m.Name, err).Because(err)
 		}
 	}
-	return nil
+	return e.kubelets(ctx, false, false)
 }
 
 func (e *Engine) refuses(ctx context.Context, m Machine) error {

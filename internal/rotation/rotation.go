@@ -53,6 +53,7 @@ type Engine struct {
 	Hosts    map[string]Host
 	Connect  Connect
 	Etcd     OpenEtcd
+	Kubelet  AskKubelet
 	Dial     Dialer // into the cluster's network
 	Journal  *journal.Journal
 	// Copy returns the journal as it is on disk, for the masters.
