@@ -1,0 +1,648 @@
+package rotatecerts
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/term"
+
+	"keyfleet.dev/keyfleet/internal/journal"
+	"keyfleet.dev/keyfleet/internal/rotation"
+)
+
+// What people see while a run goes on. A probe asks each API server and each
+// etcd about every second whether it is there, as a new client would, and keeps
+// what it finds; on a terminal a board of nodes and servers stays below the lines
+// that are printed. Elsewhere the lines are all there is.
+
+const (
+	askEvery  = time.Second
+	askWithin = 3 * time.Second // an answer that comes later is none
+)
+
+// probe measures from here how long servers are away. It looks at availability,
+// not at trust, so it accepts every certificate and any answer. Each ask has a
+// connection of its own, as a kept one would outlive what new clients suffer,
+// and is never repeated. An address that a neighbour answers for, while its own
+// server restarts, is not away.
+type probe struct {
+	dial    rotation.Dialer
+	targets []target
+	began   time.Time
+	cancel  context.CancelFunc
+	asking  sync.WaitGroup
+
+	mu      sync.Mutex
+	ended   time.Time // zero: it goes on
+	records []record  // of the targets
+}
+
+// target is a server that is asked.
+type target struct {
+	node, address string
+	api           bool // asked for /readyz; else etcd, of which a TLS handshake is asked
+}
+
+// record is what a target did.
+type record struct {
+	asked, failed, notReady int
+	absences                []span // those that are over
+	since                   time.Time
+}
+
+// span is a time in which something was away.
+type span struct{ from, to time.Time }
+
+// targetsOf are the servers of the masters.
+func targetsOf(nodes []rotation.Node, etcdPort string) []target {
+	var apis, etcds []target
+	for _, n := range nodes {
+		if n.Master {
+			apis = append(apis, target{node: n.Name, address: n.Endpoint, api: true})
+			etcds = append(etcds, target{node: n.Name, address: net.JoinHostPort(n.Address, etcdPort)})
+		}
+	}
+	return append(apis, etcds...)
+}
+
+func newProbe(d rotation.Dialer, targets []target) *probe {
+	return &probe{dial: d, targets: targets, records: make([]record, len(targets))}
+}
+
+// Start begins to ask, until ctx ends or Stop.
+func (p *probe) Start(ctx context.Context) {
+	ctx, p.cancel = context.WithCancel(ctx)
+	p.began = time.Now()
+	for i, t := range p.targets {
+		p.asking.Go(func() {
+			for wait := time.Duration(0); sleep(ctx, wait); {
+				began := time.Now()
+				status, err := p.ask(ctx, t)
+				if ctx.Err() != nil {
+					return // the end of the run says nothing about the server
+				}
+				p.note(i, began, time.Now(), status, err)
+				wait = askEvery - time.Since(began)
+			}
+		})
+	}
+}
+
+// Stop ends the asking.
+func (p *probe) Stop() {
+	p.cancel()
+	p.asking.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended.IsZero() {
+		p.ended = time.Now()
+	}
+}
+
+// sleep waits, and reports whether ctx still goes on.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return ctx.Err() == nil
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// ask asks once. An API server's status is that of its answer.
+func (p *probe) ask(ctx context.Context, t target) (status int, err error) {
+	ctx, cancel := context.WithTimeout(ctx, askWithin)
+	defer cancel()
+	raw, err := p.dial.DialContext(ctx, "tcp", t.address)
+	if err != nil {
+		return 0, err
+	}
+	defer raw.Close() // not TLS's way: it would wait for a server that does not read
+	defer context.AfterFunc(ctx, func() { _ = raw.Close() })()
+	conn := tls.Client(raw, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"http/1.1"}}) // to be there is all that is asked
+	err = conn.HandshakeContext(ctx)
+	if !t.api {
+		var alert *net.OpError
+		if errors.As(err, &alert) && alert.Op == "remote error" {
+			return 0, nil // it wants to see a certificate: it is there
+		}
+		return 0, err
+	}
+	if err == nil {
+		_, err = fmt.Fprintf(conn, "GET /readyz HTTP/1.1\r\nHost: %s\r\nUser-Agent: keyfleet-rotate-certs\r\nConnection: close\r\n\r\n", t.address)
+	}
+	if err != nil {
+		return 0, err
+	}
+	line, err := bufio.NewReader(io.LimitReader(conn, 4<<10)).ReadString('\n')
+	if err != nil {
+		return 0, err
+	}
+	if _, err := fmt.Sscanf(line, "HTTP/1.1 %d", &status); err != nil {
+		return 0, fmt.Errorf("it does not speak HTTP: %w", err)
+	}
+	return status, nil
+}
+
+// note keeps the outcome of an ask. An absence lasts from the beginning of the
+// first ask that fails to the answer of the first that does not.
+func (p *probe) note(i int, began, ended time.Time, status int, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := &p.records[i]
+	r.asked++
+	switch {
+	case err != nil:
+		r.failed++
+		if r.since.IsZero() {
+			r.since = began
+		}
+		return
+	case p.targets[i].api && status != 200:
+		r.notReady++
+	}
+	if !r.since.IsZero() {
+		r.absences = append(r.absences, span{r.since, ended})
+		r.since = time.Time{}
+	}
+}
+
+// Absence is how often and how long something did not answer.
+type Absence struct {
+	Times   int     `json:"absences"`
+	Seconds float64 `json:"awaySeconds"`
+	Longest float64 `json:"longestSeconds"`
+	// Since is when the present absence began; zero: it answers.
+	Since time.Time `json:"-"`
+}
+
+// Availability is how a server answered.
+type Availability struct {
+	Node     string `json:"node"`
+	Asked    int    `json:"asked"`
+	Failed   int    `json:"failed"`
+	NotReady int    `json:"notReady,omitempty"` // answered, with another status than 200
+	Absence
+}
+
+// Measured is what the probe found, to about a second.
+type Measured struct {
+	Seconds    float64        `json:"seconds"`
+	AnyAPI     Absence        `json:"anyAPIServer"` // the cluster: away while all API servers were
+	APIServers []Availability `json:"apiServers"`
+	Etcd       []Availability `json:"etcd"`
+	// Nothing is away while all API servers and all of etcd were: then the way
+	// from here may have been broken, and not they.
+	Nothing Absence `json:"nothing"`
+}
+
+// Snapshot is what was found up to now.
+func (p *probe) Snapshot() Measured {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := p.ended
+	if now.IsZero() {
+		now = time.Now()
+	}
+	m := Measured{Seconds: seconds(now.Sub(p.began))}
+	var apis, all [][]span
+	for i, t := range p.targets {
+		r := p.records[i]
+		away := slices.Clone(r.absences)
+		if !r.since.IsZero() {
+			away = append(away, span{r.since, now})
+		}
+		a := Availability{Node: t.node, Asked: r.asked, Failed: r.failed, NotReady: r.notReady, Absence: absence(away, now)}
+		a.Since = r.since
+		all = append(all, away)
+		if t.api {
+			apis = append(apis, away)
+			m.APIServers = append(m.APIServers, a)
+		} else {
+			m.Etcd = append(m.Etcd, a)
+		}
+	}
+	m.AnyAPI, m.Nothing = absence(common(apis), now), absence(common(all), now)
+	return m
+}
+
+// absence adds up. One that reaches up to now goes on.
+func absence(all []span, now time.Time) Absence {
+	a := Absence{Times: len(all)}
+	var sum, longest time.Duration
+	for _, s := range all {
+		d := s.to.Sub(s.from)
+		sum, longest = sum+d, max(longest, d)
+		if s.to.Equal(now) {
+			a.Since = s.from
+		}
+	}
+	a.Seconds, a.Longest = seconds(sum), seconds(longest)
+	return a
+}
+
+// common is when all were away.
+func common(lists [][]span) []span {
+	if len(lists) == 0 {
+		return nil
+	}
+	both := lists[0]
+	for _, list := range lists[1:] {
+		var next []span
+		for _, a := range both {
+			for _, b := range list {
+				s := span{from: a.from, to: a.to}
+				if b.from.After(s.from) {
+					s.from = b.from
+				}
+				if b.to.Before(s.to) {
+					s.to = b.to
+				}
+				if s.from.Before(s.to) {
+					next = append(next, s)
+				}
+			}
+		}
+		both = next
+	}
+	return both
+}
+
+func seconds(d time.Duration) float64 { return math.Round(d.Seconds()*1000) / 1000 }
+
+// Describe writes what was found, for people.
+func (m Measured) Describe(w io.Writer) {
+	fmt.Fprintf(w, "Asked from here, about every second for %s:\n", short(m.Seconds))
+	fmt.Fprintf(w, "  %-24s %s\n", "any API server", m.AnyAPI)
+	for i, a := range append(slices.Clone(m.APIServers), m.Etcd...) {
+		name := "API of " + a.Node
+		if i >= len(m.APIServers) {
+			name = "etcd of " + a.Node
+		}
+		detail := ""
+		if a.Failed+a.NotReady > 0 {
+			detail = fmt.Sprintf(" (asked %d times, failed %d, not ready %d)", a.Asked, a.Failed, a.NotReady)
+		}
+		fmt.Fprintf(w, "  %-24s %s%s\n", name, a.Absence, detail)
+	}
+	if m.Nothing.Times > 0 {
+		fmt.Fprintf(w, "  For %s nothing answered at all: the way to the SSH host may have been broken then.\n", short(m.Nothing.Seconds))
+	}
+}
+
+// String says it in words.
+func (a Absence) String() string {
+	switch a.Times {
+	case 0:
+		return "always answered"
+	case 1:
+		return "away once, for " + short(a.Seconds)
+	}
+	return fmt.Sprintf("away %d times, %s in all, %s at most", a.Times, short(a.Seconds), short(a.Longest))
+}
+
+// short is a time as people write it: 0.4s, 43s, 4m12s.
+func short(seconds float64) string {
+	d := time.Duration(seconds * float64(time.Second))
+	if d < 10*time.Second {
+		return fmt.Sprintf("%.1fs", d.Seconds())
+	}
+	return d.Round(time.Second).String()
+}
+
+// watcher shows a run and measures it.
+type watcher struct {
+	probe  *probe
+	screen *screen // nil: there is no terminal
+	undo   func()  // gives the command its streams back
+	cancel context.CancelFunc
+	loop   sync.WaitGroup
+
+	mu    sync.Mutex // guards board
+	board board
+}
+
+// watch begins to measure and, if size tells how large the terminal of Out is, to
+// draw. Until stop, what is written to the streams of the command stands above
+// the board.
+func (c *command) watch(ctx context.Context, p rotation.Plan, done journal.State, d rotation.Dialer, etcdPort string, size func() (width, height int)) *watcher {
+	w := &watcher{probe: newProbe(d, targetsOf(p.Nodes, etcdPort)), board: newBoard(p, done, time.Now()), undo: func() {}}
+	ctx, w.cancel = context.WithCancel(ctx)
+	w.probe.Start(ctx)
+	if size == nil {
+		return w
+	}
+	w.screen = &screen{size: size, out: c.Out, draw: func(width int) string {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return render(w.board, w.probe.Snapshot(), width, time.Now())
+	}}
+	out, errs := c.Out, c.Err
+	w.undo = func() { c.Out, c.Err = out, errs }
+	c.Out, c.Err = above{w.screen, out}, above{w.screen, errs}
+	w.loop.Go(func() {
+		for sleep(ctx, 500*time.Millisecond) {
+			w.screen.refresh()
+		}
+	})
+	return w
+}
+
+// progress passes on what happens, and shows it.
+func (w *watcher) progress(next func(journal.Progress)) func(journal.Progress) {
+	return func(ev journal.Progress) {
+		w.mu.Lock()
+		w.board.on(ev, time.Now())
+		w.mu.Unlock()
+		next(ev)
+	}
+}
+
+// stop takes the board away and returns what was measured. It may be called again.
+func (w *watcher) stop() Measured {
+	w.cancel()
+	w.loop.Wait()
+	w.probe.Stop()
+	if w.screen != nil {
+		w.screen.close()
+	}
+	w.undo()
+	return w.probe.Snapshot()
+}
+
+// sizeOf asks the terminal for its size at each call; nil if w is none, or one
+// that cannot move its cursor.
+func sizeOf(w io.Writer, env func(string) string) func() (width, height int) {
+	f, ok := w.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) || env("TERM") == "dumb" || env("TERM") == "" {
+		return nil
+	}
+	return func() (int, int) {
+		width, height, err := term.GetSize(int(f.Fd()))
+		if err != nil || width < 20 { // serial lines do not know
+			return 80, 24
+		}
+		return width, height
+	}
+}
+
+// screen keeps a board below what is written.
+type screen struct {
+	size func() (width, height int)
+	draw func(width int) string
+	out  io.Writer
+
+	mu     sync.Mutex
+	shown  int  // lines of the board that stand there
+	inLine bool // what was written last has not ended its line
+	closed bool
+}
+
+// above writes to the same terminal, above the board.
+type above struct {
+	*screen
+	w io.Writer
+}
+
+func (a above) Write(text []byte) (int, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, err := io.WriteString(a.out, a.erase()); err != nil {
+		return 0, err
+	}
+	n, err := a.w.Write(text)
+	if n > 0 {
+		a.inLine = text[n-1] != '\n'
+	}
+	if err == nil {
+		err = a.paint()
+	}
+	return n, err
+}
+
+// refresh draws the board anew.
+func (s *screen) refresh() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_ = s.paint() // of a terminal that is gone the lines tell
+}
+
+func (s *screen) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, _ = io.WriteString(s.out, s.erase())
+	s.closed = true
+}
+
+// erase is what takes the board away.
+func (s *screen) erase() string {
+	if s.shown == 0 {
+		return ""
+	}
+	n := s.shown
+	s.shown = 0
+	return fmt.Sprintf("\x1b[%dA\r\x1b[J", n)
+}
+
+// paint draws the board in one write, so that it does not flicker, and no higher
+// than the terminal, for the cursor does not go back beyond its top.
+func (s *screen) paint() error {
+	if s.closed || s.inLine {
+		return nil
+	}
+	width, height := s.size()
+	lines := strings.SplitAfter(s.draw(width), "\n")
+	lines = lines[:max(0, min(len(lines)-1, height-1))] // after the last newline comes nothing
+	text := s.erase() + strings.Join(lines, "")
+	s.shown = len(lines)
+	_, err := io.WriteString(s.out, text)
+	return err
+}
+
+// board is how far a run is.
+type board struct {
+	plan    rotation.Plan
+	began   time.Time
+	touched map[string]bool // steps that were begun at any time
+	done    map[string]bool
+	running map[string]time.Time // since when
+	back    bool
+}
+
+func newBoard(p rotation.Plan, s journal.State, now time.Time) board {
+	b := board{plan: p, began: now, touched: map[string]bool{}, done: map[string]bool{}, running: map[string]time.Time{}, back: s.Back}
+	for name, status := range s.Steps {
+		b.touched[name], b.done[name] = true, status == journal.Done || status == journal.Undoing
+	}
+	return b
+}
+
+// on takes in what happened.
+func (b *board) on(ev journal.Progress, now time.Time) {
+	switch ev.Event {
+	case "started", "undoing":
+		b.running[ev.Step], b.touched[ev.Step] = now, true
+		b.back = b.back || ev.Event == "undoing"
+	case "done", "failed", "undone":
+		delete(b.running, ev.Step)
+		if ev.Event != "failed" {
+			b.done[ev.Step] = ev.Event == "done"
+		}
+	}
+}
+
+// maxRows is how many nodes are shown; of more, those at work.
+const maxRows = 12
+
+// render draws the board: how far all is, which servers answer, and each node.
+func render(b board, m Measured, width int, now time.Time) string {
+	var out strings.Builder
+	line := func(format string, args ...any) {
+		out.WriteString(cut(strings.TrimRight(fmt.Sprintf(format, args...), " "), width-1) + "\n")
+	}
+	done, at := 0, ""
+	for _, s := range b.plan.Steps {
+		switch {
+		case b.done[s.Name()]:
+			done++
+		case at == "":
+			at = string(s.Phase)
+		}
+	}
+	line("%s", strings.Repeat("-", max(width-1, 0)))
+	line("%-6s %-8s %d of %d steps [%s]  %s", short(now.Sub(b.began).Round(time.Second).Seconds()), at, done, len(b.plan.Steps), bar(done, len(b.plan.Steps)), b.way())
+	line("API    %s; %s", gap(m.AnyAPI, m.APIServers), servers(m.APIServers, now))
+	line("etcd   %s", servers(m.Etcd, now))
+	name := len("cluster")
+	for _, n := range b.plan.Nodes {
+		name = min(max(name, len(n.Name)), 30)
+	}
+	for _, s := range b.plan.Steps {
+		if since, ok := b.running[s.Name()]; ok && s.Node == "" {
+			line("%-*s  %-8s        %s", name, "cluster", s.Phase, runningFor(s, since, now))
+		}
+	}
+	rows, hidden := b.rows(now)
+	for _, r := range rows {
+		line("%-*s  %-8s %3d/%-3d %s", name, cut(r.node, name), r.phase, r.done, r.steps, r.doing)
+	}
+	if hidden > 0 {
+		line("and %d more nodes", hidden)
+	}
+	return out.String()
+}
+
+// way says whether there is a way back.
+func (b board) way() string {
+	switch {
+	case b.back:
+		return "rolling back"
+	case b.touched[b.plan.NoReturn()]:
+		return "no way back"
+	}
+	return "can be rolled back"
+}
+
+// row is one node.
+type row struct {
+	node        string
+	phase       string
+	done, steps int
+	doing       string // what runs there; empty: nothing does
+}
+
+// rows are the nodes to show: all, or the masters and those at work.
+func (b board) rows(now time.Time) (rows []row, hidden int) {
+	for _, n := range b.plan.Nodes {
+		r := row{node: n.Name}
+		for _, s := range b.plan.Steps {
+			if s.Node != n.Name {
+				continue
+			}
+			r.steps++
+			if b.done[s.Name()] {
+				r.done++
+			} else if r.phase == "" {
+				r.phase = string(s.Phase)
+			}
+			if since, ok := b.running[s.Name()]; ok {
+				r.doing, r.phase = runningFor(s, since, now), string(s.Phase)
+			}
+		}
+		if r.phase == "" {
+			r.phase = "done"
+		}
+		if len(b.plan.Nodes) > maxRows && !n.Master && r.doing == "" {
+			hidden++
+			continue
+		}
+		rows = append(rows, r)
+	}
+	return rows, hidden
+}
+
+// runningFor is what a step does, without what its row says already, and since when.
+func runningFor(s rotation.Step, since, now time.Time) string {
+	what := strings.TrimSuffix(strings.TrimPrefix(s.Name(), string(s.Phase)+": "), " on "+s.Node)
+	return what + " " + short(now.Sub(since).Round(time.Second).Seconds())
+}
+
+// servers says of each whether it answers.
+func servers(all []Availability, now time.Time) string {
+	var parts []string
+	for _, a := range all {
+		state := "up"
+		switch {
+		case !a.Since.IsZero():
+			state = "away " + short(now.Sub(a.Since).Seconds())
+		case a.Asked == 0:
+			state = "?"
+		}
+		parts = append(parts, a.Node+" "+state)
+	}
+	return strings.Join(parts, ", ")
+}
+
+// gap is what the API was away up to now: as a whole, and the one longest.
+func gap(whole Absence, all []Availability) string {
+	longest := 0.0
+	for _, a := range all {
+		longest = max(longest, a.Longest)
+	}
+	if whole.Times > 0 {
+		return fmt.Sprintf("longest gap %s, all at once away for %s", short(longest), short(whole.Seconds))
+	}
+	return "longest gap " + short(longest)
+}
+
+// bar shows a part of a whole.
+func bar(part, whole int) string {
+	const width = 20
+	n := width
+	if whole > 0 {
+		n = part * width / whole
+	}
+	return strings.Repeat("#", n) + strings.Repeat(".", width-n)
+}
+
+// cut shortens a line, as one that wraps would move the others.
+func cut(s string, width int) string {
+	r := []rune(s)
+	if len(r) <= width {
+		return s
+	}
+	return string(r[:max(width-1, 0)]) + "…"
+}
