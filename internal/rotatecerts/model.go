@@ -10,6 +10,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"keyfleet.dev/keyfleet/internal/apimodel"
 	"keyfleet.dev/keyfleet/internal/fault"
@@ -99,7 +100,7 @@ func saveModel(path, location string, entries map[string][]byte) error {
 // administrator's certificate.
 func saveKubeconfig(path string, entries map[string][]byte) error {
 	text, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil
 	}
 	if err != nil {

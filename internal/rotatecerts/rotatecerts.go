@@ -294,13 +294,37 @@ func (c *command) drive(ctx context.Context, begin bool, act func(*rotation.Engi
 	if err := c.model(s, e); err != nil {
 		return err
 	}
-	began := time.Now()
-	fmt.Fprintf(c.Out, "Rotation %s, journal %s\n", p.Run, path)
-	err = act(e, ctx)
+	fmt.Fprintf(c.lines(), "Rotation %s, journal %s\n", p.Run, path)
+	measured, took, err := c.act(ctx, e, act)
 	if err != nil {
 		return err
 	}
-	return c.report(p, j, time.Since(began))
+	return c.report(ctx, e, measured, took)
+}
+
+// act lets the engine go, while people watch.
+func (c *command) act(ctx context.Context, e *rotation.Engine, act func(*rotation.Engine, context.Context) error) (Measured, time.Duration, error) {
+	began := time.Now()
+	var size func() (width, height int)
+	if c.o.output == "text" {
+		size = sizeOf(c.Out, c.Env)
+	}
+	w := c.watch(ctx, e.Plan, e.Journal.State(), e.Dial, e.Layout.EtcdPort, size)
+	e.Progress = w.progress(e.Progress)
+	err := act(e, ctx)
+	measured := w.stop()
+	if err != nil { // what the run has cost up to here
+		measured.Describe(c.lines())
+	}
+	return measured, time.Since(began), err
+}
+
+// lines is where progress is told: beside an answer in JSON it is no part of it.
+func (c *command) lines() io.Writer {
+	if c.o.output == "json" {
+		return c.Err
+	}
+	return c.Out
 }
 
 // start plans a run and makes its journal.
@@ -312,8 +336,8 @@ func (c *command) start(ctx context.Context, s *session) (string, *journal.Journ
 	if err := c.checkGiven(s, o); err != nil {
 		return "", nil, err
 	}
-	p.Describe(c.Out)
-	fmt.Fprintln(c.Out)
+	p.Describe(c.lines())
+	fmt.Fprintln(c.lines())
 	path := filepath.Join(c.o.dir, p.Run, "journal")
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return "", nil, fmt.Errorf("making the folder of the run: %w", err)
@@ -333,7 +357,7 @@ func (c *command) engine(s *session, p rotation.Plan, o rotation.Observation, j 
 			return spool(filepath.Dir(path), s.sealer, write)
 		},
 		Who: who(path), TakeOver: c.o.takeOver, Soak: c.o.soak, RestartPods: c.o.restartPods, UntilSoak: c.o.until == "soak", Force: c.o.force,
-		Progress: c.progress(p), Note: func(format string, args ...any) { fmt.Fprintf(c.Out, "        "+format+"\n", args...) }, Now: time.Now,
+		Progress: c.progress(p), Note: func(format string, args ...any) { fmt.Fprintf(c.lines(), "        "+format+"\n", args...) }, Now: time.Now,
 	}
 }
 

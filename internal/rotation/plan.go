@@ -45,6 +45,7 @@ const (
 	Unused      Verb = "wait until the old is unused"
 	Refused     Verb = "prove that the old is refused"
 	EtcdUp      Verb = "wait until etcd answers"
+	APIUp       Verb = "wait until the API servers answer"
 	Clean       Verb = "clean up"
 )
 
@@ -432,17 +433,11 @@ func (b *planner) recover() {
 	restart := func(m Machine, names ...string) {
 		b.add(Step{Phase: Switch, Verb: Restart, Node: m.Name, Stage: Retired, Whole: true, Components: names})
 	}
-	masters := b.o.masters()
-	for _, m := range masters { // they start the rest
-		restart(m, "kubelet")
-	}
-	for _, m := range masters {
-		restart(m, "etcd")
+	for _, m := range b.o.masters() {
+		restart(m, "kubelet", "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 	}
 	b.add(Step{Phase: Switch, Verb: EtcdUp})
-	for _, m := range masters {
-		restart(m, "kube-apiserver", "kube-controller-manager", "kube-scheduler")
-	}
+	b.add(Step{Phase: Switch, Verb: APIUp})
 	for _, m := range b.o.Machines {
 		if !m.Master {
 			restart(m, "kubelet")

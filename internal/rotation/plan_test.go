@@ -181,10 +181,11 @@ func TestRecoveryNeedsNoAPIUntilThereIsOne(t *testing.T) {
 		for _, name := range []string{
 			"prepare: stage on worker-0",
 			p.NoReturn(),
-			"switch: restart kubelet on master-0",
-			"switch: restart etcd on master-2", // all of them: two of three are a quorum
+			"switch: restart kubelet, etcd, kube-apiserver, kube-controller-manager and kube-scheduler on master-0",
+			"switch: restart kubelet, etcd, kube-apiserver, kube-controller-manager and kube-scheduler on master-2", // two of three are a quorum
 			"switch: wait until etcd answers",
-			"switch: restart kube-apiserver, kube-controller-manager and kube-scheduler on master-2",
+			"switch: wait until the API servers answer",
+			"switch: restart kubelet on worker-0",
 			"switch: wait until all nodes are ready",
 			"retire: prove that the old is refused",
 		} {

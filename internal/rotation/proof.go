@@ -255,7 +255,10 @@ func (e *Engine) refused(ctx context.Context) error {
 			return fault.New(fault.Precondition, "StillAccepted", "%s still accepts the old: %s.", m.Name, err).Because(err)
 		}
 	}
-	return e.kubelets(ctx, false, false)
+	if err := e.kubelets(ctx, false, false); err != nil {
+		return err
+	}
+	return e.proven()
 }
 
 func (e *Engine) refuses(ctx context.Context, m Machine) error {

@@ -98,6 +98,7 @@ const (
 	planValue     = "plan"
 	materialValue = "material"
 	observedValue = "observed"
+	proofsValue   = "proofs"
 	switchedValue = "switched"      // when the last API server began to sign with the new key
 	backValue     = "switched back" // when they began to sign with the old key again, on the way back
 )

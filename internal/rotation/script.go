@@ -281,6 +281,44 @@ const unitScript = fenceInput + `
 systemctl restart "$1"
 `
 
+// afreshScript stops the kubelet and all that it and systemd run of a control plane,
+// and starts it from new manifests. Arguments are those of restartScript.
+//
+// A kubelet that is running could wait for ever: one that has just started, and whose
+// static pod changes before it has seen the end of the old one, does not start the new.
+const afreshScript = fenceInput + `
+shift 4
+for arg; do case $arg in kubelet:*) systemctl stop "${arg##*:}" ;; esac; done
+pid_of() {
+  for p in /proc/[0-9]*; do
+    if [ "$(basename "$(readlink "$p/exe" 2>/dev/null)" 2>/dev/null)" = "$1" ]; then echo "${p#/proc/}"; return; fi
+  done
+}
+end() { # NAME
+  for signal in TERM KILL; do
+    i=0
+    while pid=$(pid_of "$1"); [ -n "$pid" ] && [ $i -lt 150 ]; do
+      [ $i -gt 0 ] || kill -$signal "$pid" 2>/dev/null || true
+      sleep 0.2; i=$((i+1))
+    done
+  done
+}
+for arg; do
+  name=${arg%%:*}; rest=${arg#*:}
+  case $arg in
+  kubelet:*) ;;
+  *:unit:*) systemctl stop "${arg##*:}" ;;
+  *)
+    end "$name"; to=${rest#*:}
+    cp -a "$RUN/${rest%%:*}$to" "$RUN/manifest.part"; touch "$RUN/manifest.part"; sync "$RUN/manifest.part"
+    beside=$(dirname "$(dirname "$to")")/.keyfleet-manifest
+    cp -a "$RUN/manifest.part" "$beside"; mv -fT "$beside" "$to"; rm -f "$RUN/manifest.part"
+    echo "$name stopped, $to placed" ;;
+  esac
+done
+for arg; do case $arg in *:unit:*) systemctl start --no-block "${arg##*:}" ;; esac; done
+`
+
 // lockScript takes the lock of a machine for a run: $1 RUN, $2 our token, $3
 // whether to take it over ("yes", "no"), $4 who we are. It prints who holds it if
 // that is another and does so now: the holder touches its file with every step.

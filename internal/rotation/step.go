@@ -66,6 +66,8 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 		out.Undo = func(ctx context.Context) error { return e.objects(ctx, s.before()) }
 	case EtcdUp:
 		out.Do = e.etcdUp
+	case APIUp:
+		out.Do = e.apiUp
 	case Canary:
 		out.Do = e.gate(e.canary)
 	case Served:
@@ -298,7 +300,7 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 			return false, err
 		}
 	}
-	if slices.Contains(s.Components, "kube-apiserver") {
+	if slices.Contains(s.Components, "kube-apiserver") && !s.Whole {
 		api, err := e.api(s.Node)
 		if err != nil {
 			return false, err
@@ -311,7 +313,7 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 // restart restarts components of a machine so that they run as at the stage.
 func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 	m := e.Observed.machine(s.Node)
-	if s.Components[0] == "kubelet" {
+	if len(s.Components) == 1 && s.Components[0] == "kubelet" {
 		c := e.Layout.component("kubelet")
 		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
 		return err
@@ -342,7 +344,11 @@ func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 		}
 		args = append(args, name+":"+what)
 	}
-	_, err = e.change(ctx, s.Node, Script{Name: s.Name(), Text: restartScript, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
+	text := restartScript
+	if s.Whole {
+		text = afreshScript
+	}
+	_, err = e.change(ctx, s.Node, Script{Name: s.Name(), Text: text, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
 	return err
 }
 
@@ -389,6 +395,24 @@ func (e *Engine) etcdUp(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// apiUp waits until every API server answers.
+func (e *Engine) apiUp(ctx context.Context) error {
+	for _, m := range e.Observed.masters() {
+		err := until(ctx, 5*time.Minute, func(ctx context.Context) error {
+			api, err := e.api(m.Name)
+			if err != nil {
+				return err
+			}
+			return api.Ready(ctx)
+		})
+		if err != nil {
+			return fault.New(fault.Unavailable, "NoAPIServer", "The API server of %s does not answer.", m.Name).Because(err).
+				WithFix("look at its log on that machine (crictl logs, /var/log/pods), then run the same command again")
+		}
+	}
+	return nil
 }
 
 // leadAway makes sure that etcd goes on without the machine: all members answer,
