@@ -105,7 +105,7 @@ func (o *options) warn(warn func(string, ...any)) {
 	if o.clientSecret != "" {
 		warn("Warning: a secret on the command line can be seen by every user of this machine; set AZURE_CLIENT_SECRET or use --client-secret-file instead.")
 	}
-	if o.location != "" || o.subscription != "" || o.group != "" || o.clientID != "" {
+	if o.profile == "" && (o.location != "" || o.subscription != "" || o.group != "" || o.clientID != "") {
 		warn("Nothing here needs the cloud's API: location, subscription, resource group and service principal are not used.")
 	}
 }

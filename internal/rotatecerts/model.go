@@ -18,22 +18,30 @@ import (
 )
 
 // model gives the engine what the API model and the certificate profile have.
-func (c *command) model(s *session, e *rotation.Engine) error {
+func (c *command) model(ctx context.Context, s *session, e *rotation.Engine) error {
 	if s.model != nil {
 		e.Profile = s.model.Profile
 		e.SaveProfile = func(_ context.Context, entries map[string][]byte) error {
 			return saveModel(c.o.apiModel, s.model.Location, entries)
 		}
 	}
-	given, err := c.given()
-	e.Given = given
+	made, err := rotation.Made(e.Journal)
+	if err != nil || made { // what was given then is sealed in the journal
+		return err
+	}
+	if err := c.checkGiven(ctx, s, e.Observed); err != nil {
+		return err
+	}
+	e.Given, err = c.given(ctx)
 	return err
 }
 
-// given reads the certificate profile that the operator gives; nil if none.
-func (c *command) given() (apimodel.Profile, error) {
-	if c.o.profile == "" {
-		return nil, nil
+// given reads the certificate profile that the operator gives, and what it names
+// in a vault, once: a secret that is renewed in between is not used unchecked.
+// It is nil if there is none.
+func (c *command) given(ctx context.Context) (apimodel.Profile, error) {
+	if c.o.profile == "" || c.profile != nil {
+		return c.profile, nil
 	}
 	text, err := os.ReadFile(c.o.profile)
 	if err != nil {
@@ -44,15 +52,19 @@ func (c *command) given() (apimodel.Profile, error) {
 		return nil, err
 	}
 	if len(refs) > 0 {
-		return nil, fault.New(fault.Invalid, "ReferencesNotSupported", "The certificate profile names %d secrets of a vault.", len(refs)).At("--certificate-profile").
-			WithFix("put the PEM texts into the file")
+		more, err := c.secrets(ctx, refs)
+		if err != nil {
+			return nil, err
+		}
+		maps.Copy(p, more)
 	}
+	c.profile = p
 	return p, nil
 }
 
 // checkGiven refuses a certificate profile that the cluster could not live with.
-func (c *command) checkGiven(s *session, o rotation.Observation) error {
-	p, err := c.given()
+func (c *command) checkGiven(ctx context.Context, s *session, o rotation.Observation) error {
+	p, err := c.given(ctx)
 	if err != nil || p == nil {
 		return err
 	}
@@ -70,7 +82,15 @@ func (c *command) checkGiven(s *session, o rotation.Observation) error {
 	for entry, cert := range certs {
 		served[entry] = apimodel.ServedNames{DNS: cert.DNSNames, IPs: cert.IPAddresses}
 	}
-	return apimodel.Check(p, apimodel.Requirements{Now: o.At, Peers: s.model.Masters, Served: served})
+	if err := apimodel.Check(p, apimodel.Requirements{Now: o.At, Peers: s.model.Masters, Served: served}); err != nil {
+		return err
+	}
+	if same, err := rotation.SameSubject(o, p["caCertificate"]); err != nil {
+		return err
+	} else if same {
+		c.warn("Warning: the new CA has the name of the old one. Programs of the cluster accept both; clients with OpenSSL that know only the old CA are refused from the switch on.")
+	}
+	return nil
 }
 
 // saveModel changes entries of the API model's certificate profile, and the

@@ -31,6 +31,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"keyfleet.dev/keyfleet/internal/apimodel"
 	"keyfleet.dev/keyfleet/internal/etcdadmin"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/journal"
@@ -88,7 +89,8 @@ func Main(ctx context.Context, args []string, s Streams) int {
 // command is one call of rotate-certs.
 type command struct {
 	Streams
-	o options
+	o       options
+	profile apimodel.Profile // see given
 }
 
 func (c *command) root() *cobra.Command {
@@ -291,7 +293,7 @@ func (c *command) drive(ctx context.Context, begin bool, act func(*rotation.Engi
 		return err
 	}
 	e := c.engine(s, p, o, j, path)
-	if err := c.model(s, e); err != nil {
+	if err := c.model(ctx, s, e); err != nil {
 		return err
 	}
 	fmt.Fprintf(c.lines(), "Rotation %s, journal %s\n", p.Run, path)
@@ -333,7 +335,7 @@ func (c *command) start(ctx context.Context, s *session) (string, *journal.Journ
 	if err != nil {
 		return "", nil, err
 	}
-	if err := c.checkGiven(s, o); err != nil {
+	if err := c.checkGiven(ctx, s, o); err != nil {
 		return "", nil, err
 	}
 	p.Describe(c.lines())

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/pki"
 )
 
 // What a cluster of AKS Engine has twice: certificates in the API model, for the
@@ -57,6 +58,19 @@ func (o Observation) Entries() (map[string]*x509.Certificate, error) {
 		out[f.Entry] = cert
 	}
 	return out, nil
+}
+
+// SameSubject reports whether a new CA has the name of the present one.
+func SameSubject(o Observation, ca []byte) (bool, error) {
+	chain, err := pki.ParseChain(ca)
+	if err != nil {
+		return false, err
+	}
+	old, err := o.Layout.certificate(o.masters()[0].Files[o.Layout.rootFile(ClusterCA)])
+	if err != nil {
+		return false, err
+	}
+	return bytes.Equal(chain[0].RawSubject, old.RawSubject), nil
 }
 
 // newProfile are the entries of the API model once the new is in use.

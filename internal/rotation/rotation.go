@@ -118,6 +118,12 @@ func Kept(j *journal.Journal) (p Plan, o Observation, ok bool, err error) {
 	return p, o, true, err
 }
 
+// Made reports whether a run's new material is in its journal.
+func Made(j *journal.Journal) (bool, error) {
+	var sealed []byte
+	return j.Get(materialValue, &sealed)
+}
+
 // SoakError says that the old is still in use, or that the run was told to stop
 // before it retires.
 type SoakError struct{ Users []string }
