@@ -126,6 +126,8 @@ type API interface {
 	Issuer(ctx context.Context) (issuer string, kids []string, err error)
 
 	Nodes(ctx context.Context) ([]Node, error)
+	// ReachKubelet makes the API server ask the kubelet of a node for its health.
+	ReachKubelet(ctx context.Context, node string) error
 	Pods(ctx context.Context) ([]Pod, error)
 	// RestartOwner makes the controller of a pod replace it: a new annotation in
 	// the template of a Deployment, DaemonSet or StatefulSet; a pod with another

@@ -39,6 +39,7 @@ const (
 	CopyToEtcd  Verb = "write the front proxy's certificates to etcd"
 	SaveProfile Verb = "write the API model"
 	Canary      Verb = "prove that the new is accepted"
+	Reach       Verb = "open the API servers' connections to kubelets anew"
 	Served      Verb = "prove that the new is served"
 	AllReady    Verb = "wait until all nodes are ready"
 	Published   Verb = "wait until the CA is published to all namespaces"
@@ -314,6 +315,7 @@ func (b *planner) change() {
 	}
 	b.copies(Switch, Switched)
 	b.add(Step{Phase: Switch, Verb: Served})
+	b.add(Step{Phase: Switch, Verb: Reach})
 	for _, m := range b.o.masters() {
 		b.place(Switch, Switched, m, IssuerKey, IssuerCert, TokenKey)
 		b.kubeconfigs(Switch, Switched, m)
@@ -405,6 +407,7 @@ func (b *planner) retire() {
 		return
 	}
 	b.plan.Steps[before].NoReturn = true
+	b.add(Step{Phase: Retire, Verb: Reach})
 	b.add(Step{Phase: Retire, Verb: AllReady})
 	if b.s.Cluster {
 		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})

@@ -72,6 +72,8 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 		out.Do = e.gate(e.canary)
 	case Served:
 		out.Do = e.served
+	case Reach:
+		out.Do = e.gate(e.reachKubelets)
 	case AllReady:
 		out.Do = e.gate(e.allReady)
 		out.Undo = e.gate(e.allReady)
@@ -294,6 +296,9 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 				return false, err
 			}
 			files = append(files, c.Pod)
+		}
+		if s.Whole && name != "kubelet" { // which starts the others when it can
+			continue
 		}
 		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: startedScript, Args: append([]string{name}, files...), Quiet: true})
 		if err != nil || strings.TrimSpace(string(out)) != "yes" {

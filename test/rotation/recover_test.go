@@ -127,7 +127,9 @@ func (c *cluster) works() {
 // one command brings it back with the CAs that it had.
 func TestCertificatesThatHaveEnded(t *testing.T) {
 	c := up(t, 1, 1, "killpoints")
-	cas := func() string { return c.sh("master-0", "cd "+pkiDir+" && sha256sum ca.crt etcd/ca.crt front-proxy-ca.crt sa.pub") }
+	cas := func() string {
+		return c.sh("master-0", "cd "+pkiDir+" && sha256sum ca.crt etcd/ca.crt front-proxy-ca.crt sa.pub")
+	}
 	before := cas()
 	c.endLeaves()
 	c.restartAll()
