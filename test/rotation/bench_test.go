@@ -105,10 +105,11 @@ func baseline(t *testing.T, c *cluster, out *table) {
 		c.sh(n.Name, "echo "+conf+" | base64 -d >/etc/kubernetes/kubelet.conf; echo "+ca+" | base64 -d >/etc/kubernetes/pki/ca.crt; rm -f /var/lib/kubelet/pki/kubelet-client-current.pem; systemctl restart kubelet")
 	}
 	c.readyAgain(len(c.Nodes))
-	c.sh("master-0", "kubectl rollout restart deployment/probe && kubectl rollout status deployment/probe --timeout=50s")
+	// That tool waits for pods too, and only logs when they do not come.
+	t.Log(c.shWithin(5*time.Minute, "master-0", "kubectl rollout restart deployment/probe; kubectl rollout status deployment/probe --timeout=240s 2>&1 || true"))
 	took := time.Since(began)
 	p.end()
-	t.Logf("cut over in %s\n%s", took.Round(time.Second), p)
+	t.Logf("cut over in %s from %s on\n%s", took.Round(time.Second), began.Format("15:04:05.0"), p)
 	const what = "cut over and restart one by one (the order of aks-engine), 3 masters: "
 	out.requests(what, p, took, "the baseline")
 	out.add(what+"writes that a watch never showed (opened again)", fmt.Sprintf("%d of %d (%d times)", p.missed(), p.written, p.rewatch), "the baseline")
