@@ -31,7 +31,7 @@ test-deep: ## rotate-certs on real clusters with every fault at every place, as 
 	@$(GO) run ./test/bed/cmd/bed prepare
 	@KEYFLEET_TEST_DEEP=1 CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 8h ./test/rotation
 
-cluster: ## a real Kubernetes cluster on this machine, as root: LAYOUT=kubeadm MASTERS=3 WORKERS=1
+cluster: ## a real Kubernetes cluster on this machine, as root: LAYOUT=kubeadm or aks-engine, MASTERS=3 WORKERS=1
 	@$(GO) build -o bin/bed ./test/bed/cmd/bed
 	@bin/bed prepare
 	@bin/bed up -layout $(or $(LAYOUT),kubeadm) -masters $(or $(MASTERS),3) -workers $(or $(WORKERS),1)

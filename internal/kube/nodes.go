@@ -1,7 +1,10 @@
 package kube
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"strconv"
 	"strings"
@@ -11,6 +14,7 @@ import (
 	core "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
@@ -52,6 +56,14 @@ func (a *api) Nodes(ctx context.Context) ([]rotation.Node, error) {
 	return out, nil
 }
 
+// ReachKubelet implements rotation.API.
+func (a *api) ReachKubelet(ctx context.Context, node string) error {
+	_, err := ask(ctx, a, "asking the kubelet of "+node, func(ctx context.Context) ([]byte, error) {
+		return a.typed.CoreV1().RESTClient().Get().Resource("nodes").Name(node).SubResource("proxy").Suffix("healthz").Do(ctx).Raw()
+	})
+	return err
+}
+
 // ports says on which port each API server listens, by its IP.
 func (a *api) ports(ctx context.Context) (map[string]int, error) {
 	slices, err := ask(ctx, a, "listing the endpoints of the API servers", func(ctx context.Context) ([]discovery.EndpointSlice, error) {
@@ -73,6 +85,23 @@ func (a *api) ports(ctx context.Context) (map[string]int, error) {
 		}
 	}
 	return ports, nil
+}
+
+// ParseNode reads a node as the API server keeps it in etcd: in protobuf, inside
+// an envelope, behind four bytes.
+func ParseNode(stored []byte) (rotation.Node, error) {
+	kind, wire := new(runtime.Unknown), []byte("k8s\x00")
+	if !bytes.HasPrefix(stored, wire) {
+		return rotation.Node{}, errors.New("reading a node in etcd: it is encrypted, or of a form that we do not know")
+	}
+	if err := kind.Unmarshal(stored[len(wire):]); err != nil {
+		return rotation.Node{}, fmt.Errorf("reading a node in etcd: %w", err)
+	}
+	var n core.Node
+	if err := n.Unmarshal(kind.Raw); err != nil {
+		return rotation.Node{}, fmt.Errorf("reading a node in etcd: %w", err)
+	}
+	return node(&n, nil), nil
 }
 
 func node(n *core.Node, ports map[string]int) rotation.Node {

@@ -26,14 +26,12 @@ var dated = regexp.MustCompile(`-\d{8}-[0-9a-f]{8}$`)
 
 // Succeed makes the successor of a CA: a key of the same kind, and a subject of
 // its own, CN=NAME-YYYYMMDD-HASH. With the subject of the old CA, OpenSSL would
-// take the old certificate for the new one's issuer and refuse the chain.
+// take the old certificate for the new one's issuer and refuse the chain. Without
+// the old CA's key there is no cross certificate.
 func Succeed(old *x509.Certificate, oldKey crypto.Signer, now time.Time, life time.Duration) (*Successor, error) {
-	kind, err := KindOf(oldKey.Public())
+	kind, err := KindOf(old.PublicKey)
 	if err != nil {
 		return nil, fmt.Errorf("succeeding %s: %w", old.Subject, err)
-	}
-	if !Matches(old, oldKey) {
-		return nil, fmt.Errorf("succeeding %s: its private key does not belong to it", old.Subject)
 	}
 	key, err := NewKey(kind)
 	if err != nil {
@@ -55,18 +53,38 @@ func Succeed(old *x509.Certificate, oldKey crypto.Signer, now time.Time, life ti
 	if s.Root, err = create(tmpl, tmpl, key.Public(), key); err != nil {
 		return nil, err
 	}
-	// A CA that may have no CA below it cannot certify its successor.
+	root, err := x509.ParseCertificate(s.Root)
+	if err != nil {
+		return nil, fmt.Errorf("reading the new CA: %w", err)
+	}
+	s.Cross, err = Cross(root, old, oldKey, now)
+	return s, err
+}
+
+// Cross certifies a new CA by the old: see [Successor]. It is nil where the old CA
+// has ended, may have no CA below it, or has no key any more.
+func Cross(root, old *x509.Certificate, oldKey crypto.Signer, now time.Time) ([]byte, error) {
+	if oldKey == nil {
+		return nil, nil
+	}
+	if !Matches(old, oldKey) {
+		return nil, fmt.Errorf("succeeding %s: its private key does not belong to it", old.Subject)
+	}
 	if !now.Before(old.NotAfter) || old.MaxPathLenZero {
-		return s, nil
+		return nil, nil
 	}
-	cross := *tmpl
-	if cross.NotAfter.After(old.NotAfter) {
-		cross.NotAfter = old.NotAfter
+	end := root.NotAfter
+	if end.After(old.NotAfter) {
+		end = old.NotAfter
 	}
-	if s.Cross, err = create(&cross, old, key.Public(), oldKey); err != nil {
+	cross, err := create(&x509.Certificate{
+		RawSubject: root.RawSubject, SubjectKeyId: root.SubjectKeyId, DNSNames: root.DNSNames,
+		NotBefore: root.NotBefore, NotAfter: end, KeyUsage: root.KeyUsage, BasicConstraintsValid: true, IsCA: true,
+	}, old, root.PublicKey, oldKey)
+	if err != nil {
 		return nil, fmt.Errorf("certifying the new CA by the old: %w", err)
 	}
-	return s, nil
+	return cross, nil
 }
 
 // Reissue certifies a key as another certificate is certified: the same

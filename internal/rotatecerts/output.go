@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"path"
 	"time"
 
 	"keyfleet.dev/keyfleet/internal/fault"
@@ -39,13 +41,13 @@ func (c *command) progress(p rotation.Plan) func(journal.Progress) {
 		case "started", "undoing":
 			step = time.Now()
 			if ev.Event == "started" && ev.Step == noReturn {
-				fmt.Fprintln(c.Out, "        ---- point of no return ----")
+				fmt.Fprintln(c.lines(), "        ---- point of no return ----")
 			}
 			return
 		case "finished":
 			return
 		}
-		fmt.Fprintf(c.Out, "%6.1fs %3d/%d  %-6s %s (%.1fs)\n", time.Since(began).Seconds(), number[ev.Step], len(p.Steps), ev.Event, ev.Step, time.Since(step).Seconds())
+		fmt.Fprintf(c.lines(), "%6.1fs %3d/%d  %-6s %s (%.1fs)\n", time.Since(began).Seconds(), number[ev.Step], len(p.Steps), ev.Event, ev.Step, time.Since(step).Seconds())
 	}
 }
 
@@ -107,25 +109,80 @@ func (c *command) status(context.Context) error {
 
 // Report is what is printed at the end of a run.
 type Report struct {
-	Run      string  `json:"run"`
-	Seconds  float64 `json:"seconds"`
-	Finished bool    `json:"finished"`
-	Back     bool    `json:"rolledBack"`
-	Steps    int     `json:"steps"`
-	Hash     string  `json:"journalHash"`
+	Run      string            `json:"run"`
+	Seconds  float64           `json:"seconds"` // of this call
+	Finished bool              `json:"finished"`
+	Back     bool              `json:"rolledBack"`
+	Steps    int               `json:"steps"`
+	Measured Measured          `json:"measured"` // while this call ran
+	Changes  []rotation.Change `json:"certificates"`
+	Refused  []string          `json:"refused"` // what was proven
+	Hash     string            `json:"journalHash"`
 }
 
-// report prints what was done.
-func (c *command) report(p rotation.Plan, j *journal.Journal, took time.Duration) error {
-	state := j.State()
-	r := Report{Run: p.Run, Seconds: took.Seconds(), Finished: state.Finished, Back: state.Back, Steps: len(p.Steps), Hash: j.Hash()}
+// report prints what was done. The machines are looked at once more: it tells what
+// is there, not what should be.
+func (c *command) report(ctx context.Context, e *rotation.Engine, measured Measured, took time.Duration) error {
+	state := e.Journal.State()
+	r := Report{Run: e.Plan.Run, Seconds: took.Seconds(), Finished: state.Finished, Back: state.Back, Steps: len(e.Plan.Steps), Measured: measured, Hash: e.Journal.Hash()}
+	after, err := rotation.Observe(ctx, e.Layout, e.Plan.Nodes, e.Hosts, time.Now())
+	if err == nil {
+		r.Changes, err = rotation.Compare(e.Observed, after)
+	}
+	if err != nil {
+		c.warn("The rotation is done; what is on the machines now could not be looked at: %v.", err)
+	}
+	if !r.Back {
+		if r.Refused, err = e.Proofs(); err != nil {
+			return err
+		}
+	}
 	if c.o.output == "json" {
 		return c.json(r)
 	}
-	what := "rotated: " + p.Scope.String()
+	r.describe(c.Out, "rotated: "+e.Plan.Scope.String(), took)
+	return nil
+}
+
+// describe writes the report for people.
+func (r Report) describe(w io.Writer, what string, took time.Duration) {
 	if r.Back {
 		what = "rolled back"
 	}
-	fmt.Fprintf(c.Out, "Done in %s, %s. Journal hash %s.\n", took.Round(time.Second), what, r.Hash)
-	return nil
+	fmt.Fprintf(w, "\nDone in %s, %s.\n\n", took.Round(time.Second), what)
+	r.Measured.Describe(w)
+	if len(r.Changes) > 0 {
+		fmt.Fprintf(w, "\nCertificates: serial before, serial now, end\n")
+	}
+	for _, ch := range r.Changes {
+		if ch.Same() && r.Back {
+			continue
+		}
+		fmt.Fprintf(w, "  %-12s %-36s %-18s %-18s %s\n", ch.Node, path.Base(path.Dir(ch.File))+"/"+path.Base(ch.File), brief(ch.Before), brief(ch.After), end(ch.After))
+	}
+	if len(r.Refused) > 0 {
+		fmt.Fprintf(w, "\nProven:\n")
+	}
+	for _, text := range r.Refused {
+		fmt.Fprintf(w, "  %s\n", text)
+	}
+	fmt.Fprintf(w, "\nJournal hash %s\n", r.Hash)
+}
+
+// brief is the beginning of a serial number, which is enough to tell two apart.
+func brief(c *rotation.Certificate) string {
+	if c == nil {
+		return "-"
+	}
+	if len(c.Serial) > 16 {
+		return c.Serial[:16]
+	}
+	return c.Serial
+}
+
+func end(c *rotation.Certificate) string {
+	if c == nil {
+		return ""
+	}
+	return c.NotAfter.UTC().Format(time.DateOnly)
 }

@@ -26,12 +26,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"keyfleet.dev/keyfleet/internal/apimodel"
 	"keyfleet.dev/keyfleet/internal/etcdadmin"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/journal"
@@ -89,7 +89,8 @@ func Main(ctx context.Context, args []string, s Streams) int {
 // command is one call of rotate-certs.
 type command struct {
 	Streams
-	o options
+	o       options
+	profile apimodel.Profile // see given
 }
 
 func (c *command) root() *cobra.Command {
@@ -165,95 +166,25 @@ func (c *command) fail(err error) int {
 
 func (c *command) warn(format string, args ...any) { fmt.Fprintf(c.Err, format+"\n", args...) }
 
-// session is a connection to a cluster.
-type session struct {
-	jump   *remote.Jump
-	sealer *remote.Sealer
-	layout rotation.Layout
-	hosts  map[string]rotation.Host
-}
-
-func (s *session) close() { _ = s.jump.Close() }
-
-// open connects to the jump host and tells the layout.
-func (c *command) open(ctx context.Context) (*session, error) {
-	if err := c.o.complete(c.Env, c.warn); err != nil {
-		return nil, err
-	}
-	key, err := os.ReadFile(c.o.sshKey)
-	if err != nil {
-		return nil, fault.New(fault.Invalid, "NoKey", "The SSH key cannot be read: %s.", err).At("--linux-ssh-private-key")
-	}
-	s := &session{hosts: map[string]rotation.Host{}}
-	var passphrase func() ([]byte, error)
-	if c.Passphrase != nil {
-		passphrase = sync.OnceValues(func() ([]byte, error) { return c.Passphrase(c.o.sshKey) })
-	}
-	if s.sealer, err = remote.NewSealer(key, passphrase, c.o.recipients); err != nil {
-		return nil, err
-	}
-	cfg := remote.Config{Address: c.o.sshHost, User: c.o.sshUser, Key: key, Passphrase: passphrase, KnownHosts: c.o.knownHosts}
-	if c.Ask != nil {
-		cfg.Confirm = c.confirm
-	}
-	if s.jump, err = remote.Dial(ctx, cfg); err != nil {
-		return nil, err
-	}
-	s.layout, err = rotation.Detect(ctx, s.jump.Host("the SSH host"), []rotation.Layout{rotation.Kubeadm()})
-	if err != nil {
-		s.close()
-		return nil, err
-	}
-	return s, nil
-}
-
-// reach opens every node.
-func (s *session) reach(ctx context.Context, nodes []rotation.Node) error {
-	var targets []remote.Target
-	for _, n := range nodes {
-		targets = append(targets, remote.Target{Name: n.Name, Address: n.Address})
-	}
-	hosts, err := s.jump.Hosts(ctx, targets)
-	if err != nil {
-		return err
-	}
-	for _, h := range hosts {
-		s.hosts[h.Name()] = h
-	}
-	return nil
-}
-
-func (c *command) confirm(unknown []remote.Fingerprint) (bool, error) {
-	var text strings.Builder
-	text.WriteString("These host keys are not known yet:\n")
-	for _, f := range unknown {
-		fmt.Fprintf(&text, "  %s\n", f)
-	}
-	text.WriteString("Are they right?")
-	return c.Ask(text.String())
-}
-
-// look finds the nodes and looks at them.
-func (s *session) look(ctx context.Context) (rotation.Observation, error) {
-	nodes, err := rotation.FindNodes(ctx, s.jump.Host("the SSH host"), s.layout, kube.Connector(s.jump), time.Now())
-	if err != nil {
-		return rotation.Observation{}, err
-	}
-	if err := s.reach(ctx, nodes); err != nil {
-		return rotation.Observation{}, err
-	}
-	return rotation.Observe(ctx, s.layout, nodes, s.hosts, time.Now())
-}
-
 // newPlan makes the plan of a run that begins now.
 func (c *command) newPlan(ctx context.Context, s *session) (rotation.Plan, rotation.Observation, error) {
 	scope, unknown := rotation.ParseScope(c.o.only)
 	if len(unknown) > 0 {
 		return rotation.Plan{}, rotation.Observation{}, usage("--only", "%s is not known: use %s", strings.Join(unknown, ", "), strings.Join(rotation.ScopeWords(), ", "))
 	}
-	o, err := s.look(ctx)
+	o, dead, err := c.look(ctx, s)
 	if err != nil {
 		return rotation.Plan{}, o, err
+	}
+	if dead {
+		recovery, err := rotation.RecoveryScope(o)
+		if err != nil {
+			return rotation.Plan{}, o, err
+		}
+		if len(c.o.only) == 0 {
+			scope = rotation.Scope{}
+		}
+		scope = scope.With(recovery)
 	}
 	p, err := rotation.MakePlan(o, scope, newRun(time.Now()))
 	return p, o, err
@@ -362,13 +293,40 @@ func (c *command) drive(ctx context.Context, begin bool, act func(*rotation.Engi
 		return err
 	}
 	e := c.engine(s, p, o, j, path)
-	began := time.Now()
-	fmt.Fprintf(c.Out, "Rotation %s, journal %s\n", p.Run, path)
-	err = act(e, ctx)
+	if err := c.model(ctx, s, e); err != nil {
+		return err
+	}
+	fmt.Fprintf(c.lines(), "Rotation %s, journal %s\n", p.Run, path)
+	measured, took, err := c.act(ctx, e, act)
 	if err != nil {
 		return err
 	}
-	return c.report(p, j, time.Since(began))
+	return c.report(ctx, e, measured, took)
+}
+
+// act lets the engine go, while people watch.
+func (c *command) act(ctx context.Context, e *rotation.Engine, act func(*rotation.Engine, context.Context) error) (Measured, time.Duration, error) {
+	began := time.Now()
+	var size func() (width, height int)
+	if c.o.output == "text" {
+		size = sizeOf(c.Out, c.Env)
+	}
+	w := c.watch(ctx, e.Plan, e.Journal.State(), e.Dial, e.Layout.EtcdPort, size)
+	e.Progress = w.progress(e.Progress)
+	err := act(e, ctx)
+	measured := w.stop()
+	if err != nil { // what the run has cost up to here
+		measured.Describe(c.lines())
+	}
+	return measured, time.Since(began), err
+}
+
+// lines is where progress is told: beside an answer in JSON it is no part of it.
+func (c *command) lines() io.Writer {
+	if c.o.output == "json" {
+		return c.Err
+	}
+	return c.Out
 }
 
 // start plans a run and makes its journal.
@@ -377,8 +335,11 @@ func (c *command) start(ctx context.Context, s *session) (string, *journal.Journ
 	if err != nil {
 		return "", nil, err
 	}
-	p.Describe(c.Out)
-	fmt.Fprintln(c.Out)
+	if err := c.checkGiven(ctx, s, o); err != nil {
+		return "", nil, err
+	}
+	p.Describe(c.lines())
+	fmt.Fprintln(c.lines())
 	path := filepath.Join(c.o.dir, p.Run, "journal")
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return "", nil, fmt.Errorf("making the folder of the run: %w", err)
@@ -392,13 +353,13 @@ func (c *command) start(ctx context.Context, s *session) (string, *journal.Journ
 
 func (c *command) engine(s *session, p rotation.Plan, o rotation.Observation, j *journal.Journal, path string) *rotation.Engine {
 	return &rotation.Engine{
-		Layout: s.layout, Plan: p, Observed: o, Hosts: s.hosts, Connect: kube.Connector(s.jump), Etcd: etcdadmin.Opener(s.jump), Dial: s.jump,
+		Layout: o.Layout, Plan: p, Observed: o, Hosts: s.hosts, Connect: kube.Connector(s.jump), Etcd: etcdadmin.Opener(s.jump), Kubelet: kube.Kubelets(s.jump), Dial: s.jump,
 		Journal: j, Copy: func() ([]byte, error) { return os.ReadFile(path) }, Seal: s.sealer.Seal, Open: s.sealer.Open,
 		Spool: func(write func(io.Writer) error) (io.ReadSeekCloser, error) {
 			return spool(filepath.Dir(path), s.sealer, write)
 		},
-		Who: who(path), TakeOver: c.o.takeOver, Soak: c.o.soak, RestartPods: c.o.restartPods, UntilSoak: c.o.until == "soak",
-		Progress: c.progress(p), Note: func(format string, args ...any) { fmt.Fprintf(c.Out, "        "+format+"\n", args...) }, Now: time.Now,
+		Who: who(path), TakeOver: c.o.takeOver, Soak: c.o.soak, RestartPods: c.o.restartPods, UntilSoak: c.o.until == "soak", Force: c.o.force,
+		Progress: c.progress(p), Note: func(format string, args ...any) { fmt.Fprintf(c.lines(), "        "+format+"\n", args...) }, Now: time.Now,
 	}
 }
 

@@ -36,7 +36,11 @@ func TestUsage(t *testing.T) {
 		{"no key", "--ssh-host h", 2, "--linux-ssh-private-key: it is required"},
 		{"an unknown flag", "--nonsense", 2, "unknown flag"},
 		{"an unknown layout", "--layout talos --ssh-host h --linux-ssh-private-key k", 2, `"talos" is not a layout`},
-		{"a layout to come", "--api-model m.json --ssh-host h --linux-ssh-private-key k", 1, "aks-engine cannot be rotated by this version"},
+		{"an aks-engine cluster without its flags", "--api-model m.json --ssh-host h --linux-ssh-private-key k", 2, "--resource-group: it is required"},
+		{
+			"an API model that is not there", "--api-model /nowhere/m.json --ssh-host h --linux-ssh-private-key k --location l --subscription-id s --resource-group g --auth-method cli",
+			1, "The API model cannot be read",
+		},
 		{"an unknown phase", "--until never --ssh-host h --linux-ssh-private-key k", 2, `"never" is not known`},
 		{"an unknown form", "-o xml --ssh-host h --linux-ssh-private-key k", 2, `"xml" is not known`},
 		{"a key that is not there", "--ssh-host h --linux-ssh-private-key /nowhere/id", 1, "The SSH key cannot be read"},
@@ -70,12 +74,6 @@ func TestCloudFlagsAreAcceptedAndSaidToBeUnused(t *testing.T) {
 		"--client-id", "12345678-XXXX-YYYY-ZZZZ-1234567890ab", "--azure-env", "AzureStackCloud", "--ssh-host", "h", "--linux-ssh-private-key", "/nowhere/id")
 	if n := strings.Count(errs, "Nothing here needs the cloud's API"); n != 1 {
 		t.Errorf("said %d times:\n%s", n, errs)
-	}
-}
-
-func TestForceSaysThatItSkipsNothing(t *testing.T) {
-	if _, _, errs := call(t, nil, "--force", "--ssh-host", "h", "--linux-ssh-private-key", "/nowhere/id"); !strings.Contains(errs, "--force skips nothing") {
-		t.Errorf("with --force:\n%s", errs)
 	}
 }
 

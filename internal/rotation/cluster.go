@@ -104,6 +104,11 @@ func (c Credential) TLS() (*tls.Config, error) {
 // dial yet.
 type Connect func(server string, as Credential) (API, error)
 
+// AskKubelet returns the name by which a kubelet, "host:port", knows somebody
+// without rights; "" if it does not know them. One that lets everybody in is
+// fault.Precondition, one that does not answer fault.Unavailable.
+type AskKubelet func(ctx context.Context, address string, as Credential) (string, error)
+
 // API is the Kubernetes API as one API server answers it. Failures to reach
 // the server and its refusals are errors that errors.Is finds as
 // fault.Unavailable, fault.Unauthenticated, fault.Denied, fault.NotFound or fault.Conflict.
@@ -121,6 +126,8 @@ type API interface {
 	Issuer(ctx context.Context) (issuer string, kids []string, err error)
 
 	Nodes(ctx context.Context) ([]Node, error)
+	// ReachKubelet makes the API server ask the kubelet of a node for its health.
+	ReachKubelet(ctx context.Context, node string) error
 	Pods(ctx context.Context) ([]Pod, error)
 	// RestartOwner makes the controller of a pod replace it: a new annotation in
 	// the template of a Deployment, DaemonSet or StatefulSet; a pod with another

@@ -22,7 +22,10 @@ const mark = "keyfleet.dev/rotated"
 // stagesOf returns at which stages a file changes, manifests included.
 func (l Layout) stagesOf(s Scope, f File) []Stage {
 	if f.Holds != Manifest {
-		return s.stages(f)
+		return l.stages(s, f)
+	}
+	if s.Apart {
+		return []Stage{Retired}
 	}
 	var out []Stage
 	for _, at := range []Stage{Trusted, Switched, Retired} {
@@ -58,20 +61,24 @@ type keyWant struct {
 	like *x509.Certificate // the certificate that the new one replaces
 }
 
-// keysOf lists the keys that a machine makes: for every certificate that is
-// issued anew, beside its file or inside a kubeconfig.
-func (l Layout) keysOf(s Scope, m Machine) ([]keyWant, error) {
+// keysOf lists the keys that a machine makes, or, if shared is set, that the
+// runner makes for all: for every certificate that is issued anew, beside its file
+// or inside a kubeconfig.
+func (l Layout) keysOf(s Scope, m Machine, shared bool) ([]keyWant, error) {
 	var out []keyWant
 	for _, f := range l.of(m.Master) {
-		if !s.changes(f, Switched) || m.Files[f.Path].Absent {
+		if f.Shared != shared || m.Files[f.Path].Absent {
 			continue
 		}
 		carrier := f.Path
 		switch f.Holds {
-		case LeafKey:
+		case LeafKey, LeafTokenKey:
 			carrier = f.Pair
 		case Kubeconfig, KubeletPair:
 		default:
+			continue
+		}
+		if !l.changes(s, l.file(carrier), Switched) {
 			continue
 		}
 		cert, err := l.certificate(m.Files[carrier])
@@ -128,15 +135,21 @@ func (t *trees) verb(verb string, at Stage, p, key string) {
 // compose makes the trees of a machine. public are its new keys by name.
 func compose(l Layout, s Scope, m Machine, mat *Material, public map[string]crypto.PublicKey, run string, now time.Time) (*trees, error) {
 	t := newTrees()
-	wants, err := l.keysOf(s, m)
+	wants, err := l.keysOf(s, m, false)
 	if err != nil {
 		return nil, err
 	}
 	certs := map[string][]byte{} // by the file that carries the key
+	for path, pair := range mat.Shared {
+		certs[path] = pair.Cert
+	}
 	for _, w := range wants {
 		pub := public[w.name]
 		if pub == nil {
 			return nil, fmt.Errorf("%s did not make a key for %s", m.Name, w.file.Path)
+		}
+		if w.file.Authority == "" { // the machine signs it itself
+			continue
 		}
 		if certs[w.file.Path], err = mat.Authorities[w.file.Authority].reissue(w.like, pub, now); err != nil {
 			return nil, fmt.Errorf("issuing the certificate of %s: %w", w.file.Path, err)
@@ -176,14 +189,27 @@ func composeFile(t *trees, l Layout, s Scope, m Machine, f File, at Stage, mat *
 		pair := map[bool][2][]byte{true: {ca.New, ca.NewKey}, false: {ca.Old, ca.OldKey}}[at == Switched]
 		return t.add(at, f.Path, pair[f.Holds-IssuerCert], "")
 	case LeafCert:
-		cert := certs[l.keyOf(f.Path)]
+		cert := certs[l.keyOf(f.Path).Path]
 		if at == Switched {
 			cert = join(cert, ca.Cross)
 		}
 		return t.add(at, f.Path, cert, "")
 	case LeafKey:
+		if f.Shared {
+			return t.add(at, f.Path, mat.Shared[f.Path].Key, "")
+		}
 		t.verb("key", at, f.Path, keyName(f.Path))
 		return nil
+	case SelfCert:
+		cert, err := l.certificate(m.Files[f.Path])
+		if err != nil {
+			return err
+		}
+		days := int(cert.NotAfter.Sub(cert.NotBefore).Hours() / 24)
+		t.verb(fmt.Sprintf("self-%d", max(days, 1)), at, f.Path, keyName(l.keyOf(f.Path).Path))
+		return nil
+	case LeafTokenKey:
+		return t.add(at, f.Path, mat.Tokens.keys(at), "")
 	case TokenKey:
 		return t.add(at, f.Path, mat.Tokens.NewKey, "")
 	case TokenPublic:
@@ -192,7 +218,7 @@ func composeFile(t *trees, l Layout, s Scope, m Machine, f File, at Stage, mat *
 		}
 		return t.add(at, f.Path, mat.Tokens.NewPublic, "")
 	case Kubeconfig:
-		return composeKubeconfig(t, m, f, at, ca, certs)
+		return composeKubeconfig(t, m, f, at, mat, certs)
 	case KubeletPair:
 		pair := path.Join(path.Dir(f.Path), "kubelet-client-"+run+".pem")
 		if err := t.add(at, pair, certs[f.Path], ""); err != nil {
@@ -210,33 +236,24 @@ func composeFile(t *trees, l Layout, s Scope, m Machine, f File, at Stage, mat *
 	return fmt.Errorf("no rule for a file of kind %d", f.Holds)
 }
 
-func composeKubeconfig(t *trees, m Machine, f File, at Stage, ca *Succession, certs map[string][]byte) error {
+func composeKubeconfig(t *trees, m Machine, f File, at Stage, mat *Material, certs map[string][]byte) error {
 	k, err := parseKubeconfig(m.Files[f.Path].Content)
 	if err != nil {
 		return err
 	}
+	ca := mat.Authorities[f.Authority]
 	roots := ca.New
 	if at == Switched {
 		roots = ca.both()
 	}
-	text, err := k.with(roots, certs[f.Path])
+	text, err := k.with(roots, certs[f.Path], mat.Shared[f.Path].Key)
 	if err != nil {
 		return err
 	}
-	if k.clientCert != nil {
+	if k.clientCert != nil && !f.Shared {
 		t.verb("config", at, f.Path, keyName(f.Path))
 	}
 	return t.add(at, f.Path, text, "")
-}
-
-// keyOf returns the key file of a certificate's file.
-func (l Layout) keyOf(cert string) string {
-	for _, f := range l.Files {
-		if f.Pair == cert {
-			return f.Path
-		}
-	}
-	return ""
 }
 
 // remark returns a static pod's manifest with our mark, and with the flags of the

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"io"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -60,9 +61,8 @@ func (p pkiOf) leaf(t *testing.T, a Authority, name string) (cert, key []byte) {
 }
 
 // master is a machine with everything that the layout names.
-func master(t *testing.T, p pkiOf) Machine {
+func master(t *testing.T, l Layout, p pkiOf) Machine {
 	t.Helper()
-	l := Kubeadm()
 	m := Machine{Node: Node{Name: "master-0", Address: "10.0.0.10", Master: true, OS: "linux"}, Files: map[string]FileState{}}
 	tokens, err := pki.NewKey(pki.RSA2048)
 	if err != nil {
@@ -77,6 +77,8 @@ func master(t *testing.T, p pkiOf) Machine {
 		switch f.Holds {
 		case Roots:
 			s.Content = p.roots[f.Authority]
+		case SelfCert:
+			s.Content, _ = p.leaf(t, ClusterCA, "worker") // who signed it is no matter
 		case LeafCert:
 			s.Content, _ = p.leaf(t, f.Authority, f.Path)
 		case KubeletPair:
@@ -92,6 +94,33 @@ func master(t *testing.T, p pkiOf) Machine {
 		m.Files[f.Path] = s
 	}
 	return m
+}
+
+// present is what a rotation reads of the PKI.
+func (p pkiOf) present(t *testing.T, l Layout, s Scope, m Machine) present {
+	t.Helper()
+	_, tokens := p.leaf(t, ClusterCA, "tokens")
+	was := present{roots: map[Authority][]byte{}, keys: map[Authority][]byte{}, holders: map[Authority]Pair{}, shared: map[string]*x509.Certificate{}, sharedKeys: map[string][]byte{}, tokenKey: tokens}
+	was.tokenPublic = m.Files[l.find(TokenPublic, "")].Content
+	for _, f := range l.Files {
+		if f.Holds == Roots {
+			was.roots[f.Authority] = p.roots[f.Authority]
+		}
+		if f.Holds == RootKey {
+			was.keys[f.Authority] = p.keys[f.Authority]
+		}
+	}
+	wants, err := l.keysOf(s, m, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range wants {
+		was.shared[w.file.Path] = w.like
+		if w.file.Holds == LeafTokenKey && !s.Tokens {
+			was.sharedKeys[w.file.Path] = tokens
+		}
+	}
+	return was
 }
 
 // kubeconfigText is a kubeconfig as lookScript shows it: without the key. The
@@ -117,15 +146,15 @@ type composed struct {
 	keys  map[string]crypto.Signer
 }
 
-func composeMaster(t *testing.T, s Scope) composed {
+func composeMaster(t *testing.T, l Layout, s Scope) composed {
 	t.Helper()
-	l, p := Kubeadm(), newPKI(t)
-	m := master(t, p)
-	mat, err := makeMaterial(s, p.roots, p.keys, m.Files["/etc/kubernetes/pki/sa.pub"].Content, time.Now())
+	p := newPKI(t)
+	m := master(t, l, p)
+	mat, err := makeMaterial(l, s, p.present(t, l, s, m), time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
-	wants, err := l.keysOf(s, m)
+	wants, err := l.keysOf(s, m, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -163,7 +192,7 @@ func composeMaster(t *testing.T, s Scope) composed {
 }
 
 func TestTreesOfAMaster(t *testing.T) {
-	c := composeMaster(t, Everything())
+	c := composeMaster(t, Kubeadm(), Everything())
 	const pkiDir = "/etc/kubernetes/pki/"
 	for _, f := range Kubeadm().of(true) {
 		for _, at := range Kubeadm().stagesOf(Everything(), f) {
@@ -172,7 +201,8 @@ func TestTreesOfAMaster(t *testing.T) {
 			_, link := c.links[name]
 			made := false
 			for _, v := range c.verbs {
-				made = made || strings.HasPrefix(v, "key:"+at.String()+":"+f.Path+":")
+				verb, rest, _ := strings.Cut(v, ":")
+				made = made || (verb == "key" || strings.HasPrefix(verb, "self-")) && strings.HasPrefix(rest, at.String()+":"+f.Path+":")
 			}
 			if gone := f.Added && at == Retired; !gone && !file && !link && !made {
 				t.Errorf("nothing makes %s", name)
@@ -213,7 +243,7 @@ func TestTreesOfAMaster(t *testing.T) {
 
 // TestServedChainsAreAcceptedByOldAndNew is what the whole procedure stands on.
 func TestServedChainsAreAcceptedByOldAndNew(t *testing.T) {
-	c := composeMaster(t, Everything())
+	c := composeMaster(t, Kubeadm(), Everything())
 	for file, a := range map[string]Authority{"apiserver": ClusterCA, "etcd/server": EtcdCA, "etcd/peer": EtcdCA, "front-proxy-client": FrontProxyCA} {
 		path := "/etc/kubernetes/pki/" + file
 		keyPEM, err := pki.EncodeKey(c.keys[path+".key"])
@@ -252,7 +282,7 @@ func TestServedChainsAreAcceptedByOldAndNew(t *testing.T) {
 }
 
 func TestLeavesAlone(t *testing.T) {
-	c := composeMaster(t, Scope{Leaves: true})
+	c := composeMaster(t, Kubeadm(), Scope{Leaves: true})
 	for name := range c.files {
 		if strings.HasPrefix(name, "trusted") || strings.HasPrefix(name, "retired") || strings.Contains(name, "ca.") || strings.Contains(name, "sa.") {
 			t.Errorf("new certificates under the present CAs change %s", name)
@@ -264,15 +294,79 @@ func TestLeavesAlone(t *testing.T) {
 	}
 }
 
+// TestTreesOfAnAKSEngineMaster: one key file serves, signs and verifies, and all
+// machines get the same pairs.
+func TestTreesOfAnAKSEngineMaster(t *testing.T) {
+	const certs = "/etc/kubernetes/certs/"
+	l := AKSEngine(3, "azureuser")
+	c := composeMaster(t, l, withoutEtcd(Everything()))
+	keys := func(stage string) (out []string) {
+		for _, part := range strings.SplitAfter(c.files[stage+certs+"apiserver.key"], "-----END PRIVATE KEY-----\n") {
+			if part != "" {
+				out = append(out, strings.TrimSpace(part))
+			}
+		}
+		return out
+	}
+	old, fresh := strings.TrimSpace(string(c.mat.Tokens.OldKey)), strings.TrimSpace(string(c.mat.Tokens.NewKey))
+	for stage, want := range map[string][]string{"trusted": {old, fresh}, "switched": {fresh, old}, "retired": {fresh}} {
+		if got := keys(stage); !slices.Equal(got, want) {
+			t.Errorf("apiserver.key of the stage %s holds %d keys, or in another order", stage, len(got))
+		}
+	}
+	for _, stage := range []string{"switched", "retired"} {
+		if _, err := tls.X509KeyPair([]byte(c.files[stage+certs+"apiserver.crt"]), []byte(c.files[stage+certs+"apiserver.key"])); err != nil {
+			t.Errorf("the pair of the stage %s: %v", stage, err)
+		}
+	}
+	for _, name := range []string{"client", "etcdserver", "etcdclient", "etcdpeer0", "etcdpeer2", "proxy"} {
+		if _, err := tls.X509KeyPair([]byte(c.files["switched"+certs+name+".crt"]), []byte(c.files["switched"+certs+name+".key"])); err != nil {
+			t.Errorf("the pair %s: %v", name, err)
+		}
+	}
+	if text := c.files["switched"+certs+"proxy.crt"]; strings.Count(text, "BEGIN CERTIFICATE") != 1 {
+		t.Error("a CA that has thrown its key away certified its successor")
+	}
+	if _, has := c.files["retired"+certs+"proxy-ca.key"]; has {
+		t.Error("the key of the front proxy's CA is placed")
+	}
+	config, err := parseKubeconfig([]byte(c.files["switched/home/azureuser/.kube/config"]))
+	if err != nil || strings.Count(string(config.ca), "BEGIN") != 2 || !bytes.Contains(config.clientCert, []byte("BEGIN")) {
+		t.Errorf("the administrator's kubeconfig: %v", err)
+	}
+	if !slices.ContainsFunc(c.verbs, func(v string) bool { return strings.HasPrefix(v, "self-") }) {
+		t.Error("the kubelet's serving certificate is not made")
+	}
+}
+
+func withoutEtcd(s Scope) Scope {
+	s.Etcd = false
+	return s
+}
+
+// TestLeavesAloneKeepTheTokens: a new certificate for the API server must not
+// cost every token its validity.
+func TestLeavesAloneKeepTheTokens(t *testing.T) {
+	c := composeMaster(t, AKSEngine(3, "azureuser"), Scope{Leaves: true})
+	for name := range c.files {
+		if strings.Contains(name, "apiserver.key") || strings.Contains(name, "proxy") || strings.Contains(name, "ca.") {
+			t.Errorf("new certificates under the present CA change %s", name)
+		}
+	}
+	if c.files["switched/etc/kubernetes/certs/apiserver.crt"] == "" || c.files["switched/etc/kubernetes/certs/client.key"] == "" {
+		t.Error("leaves are not renewed")
+	}
+}
+
 func TestMaterialIsRefusedWhereAKeyIsNotThatOfItsCA(t *testing.T) {
 	p, other := newPKI(t), newPKI(t)
 	p.keys[EtcdCA] = other.keys[EtcdCA]
-	if _, err := makeMaterial(Everything(), p.roots, p.keys, nil, time.Now()); err == nil || !strings.Contains(err.Error(), "does not belong") {
+	if _, err := makeMaterial(Kubeadm(), Everything(), present{roots: p.roots, keys: p.keys}, time.Now()); err == nil || !strings.Contains(err.Error(), "does not belong") {
 		t.Errorf("a key of another CA: %v", err)
 	}
 	p = newPKI(t)
 	p.roots[ClusterCA] = join(p.roots[ClusterCA], other.roots[ClusterCA])
-	if _, err := makeMaterial(Everything(), p.roots, p.keys, nil, time.Now()); err == nil || !strings.Contains(err.Error(), "unfinished rotation") {
+	if _, err := makeMaterial(Kubeadm(), Everything(), present{roots: p.roots, keys: p.keys}, time.Now()); err == nil || !strings.Contains(err.Error(), "unfinished rotation") {
 		t.Errorf("a bundle where one CA must be: %v", err)
 	}
 }
@@ -288,7 +382,7 @@ func TestKubeconfigsWithOtherLoginsAreRefused(t *testing.T) {
 
 func TestCAThatHasEndedIsRefused(t *testing.T) {
 	p := newPKI(t)
-	if _, err := makeMaterial(Everything(), p.roots, p.keys, nil, time.Now().Add(2*time.Hour)); err == nil || !strings.Contains(err.Error(), "cannot overlap") {
+	if _, err := makeMaterial(Kubeadm(), Everything(), present{roots: p.roots, keys: p.keys}, time.Now().Add(2*time.Hour)); err == nil || !strings.Contains(err.Error(), "cannot overlap") {
 		t.Errorf("CAs that have ended: %v", err)
 	}
 }
@@ -301,7 +395,7 @@ func FuzzKubeconfig(f *testing.F) {
 		if err != nil {
 			return
 		}
-		out, err := k.with([]byte("ca"), []byte("cert"))
+		out, err := k.with([]byte("ca"), []byte("cert"), nil)
 		if err != nil {
 			t.Fatalf("what was read cannot be written: %v", err)
 		}

@@ -11,12 +11,23 @@ type Layout struct {
 	Files []File
 	// Components read the files.
 	Components []Component
-	// AdminKubeconfig is where the first master keeps an administrator's kubeconfig.
-	AdminKubeconfig string
-	// APIPort is that of the API servers.
-	APIPort string
 	// EtcdPort is that of etcd's clients.
 	EtcdPort string
+	// EtcdData is the folder of etcd's database.
+	EtcdData string
+	// EtcdBy certifies etcd's members and clients.
+	EtcdBy Authority
+	// Login is a client certificate on every master, with its key beside it, as which
+	// a script there asks the API server whether it is ready.
+	Login string
+	// Copies stand in etcd.
+	Copies []Copy
+}
+
+// Copy is a key of etcd that holds what a file holds.
+type Copy struct {
+	Key  string // in etcd
+	Path string
 }
 
 // Authority names a PKI of the cluster.
@@ -41,8 +52,10 @@ type Holds int
 //	IssuerKey     -      old        new          -
 //	LeafCert      old    old        new+cross    new
 //	LeafKey       old    old        new          new
+//	SelfCert      old    old        new          new         (signed by its own key)
 //	TokenKey      old    old        new          new
 //	TokenPublic   old    old+new    old+new      new
+//	LeafTokenKey  old    old+new    new+old      new         (the first serves and signs, all verify)
 //	Kubeconfig    old    old        new, trusts  new, trusts
 //	                                old+new      new
 //	KubeletPair   old    old        new          new        (a link to a dated file)
@@ -54,8 +67,10 @@ const (
 	IssuerKey
 	LeafCert
 	LeafKey
+	SelfCert
 	TokenKey
 	TokenPublic
+	LeafTokenKey
 	Kubeconfig
 	KubeletPair
 	Manifest
@@ -79,90 +94,28 @@ type File struct {
 	Authority Authority
 	On        Role
 	Optional  bool
-	// Pair is the certificate's file, of a LeafKey or IssuerKey.
+	// Pair is the certificate's file, of a LeafKey, LeafTokenKey or IssuerKey.
 	Pair string
+	// Shared says that all machines have the same: the key is made by the runner, and
+	// not where it is used.
+	Shared bool
+	// Entry is its name in the certificate profile of the API model, KeyEntry that of
+	// the private key of a kubeconfig; empty: it is not there.
+	Entry, KeyEntry string
 	// Added says that the file is not there before and after a rotation.
 	Added bool
 }
 
 // Component is a program of a node that reads the files.
 type Component struct {
-	Name    string // "kube-apiserver": also the name of its process
-	On      Role
-	Unit    string // of systemd; empty: a static pod
-	Pod     string // path of the static pod's manifest; empty: a unit
-	Once    []string
-	Port    string            // where it serves, on the node's address; empty: it is not asked
-	Serves  string            // the certificate that it presents there
-	Issuer  map[string]string // flags that are led to other files while old and new CA overlap: flag -> path
-	Drained bool              // clients are led to a neighbour while it restarts
-}
-
-// Kubeadm is the layout of clusters made by kubeadm, with stacked etcd.
-func Kubeadm() Layout {
-	const pki, etc, manifests = "/etc/kubernetes/pki/", "/etc/kubernetes/", "/etc/kubernetes/manifests/"
-	const kubelet = "/var/lib/kubelet/pki/kubelet-client-current.pem"
-	l := Layout{
-		Name: "kubeadm", Marks: []string{pki + "ca.crt", manifests + "kube-apiserver.yaml"},
-		AdminKubeconfig: etc + "admin.conf", APIPort: "6443", EtcdPort: "2379",
-		Files: []File{
-			{Path: pki + "ca.crt", Holds: Roots, Authority: ClusterCA},
-			{Path: pki + "ca.key", Holds: RootKey, Authority: ClusterCA, On: Masters},
-			{Path: pki + "etcd/ca.crt", Holds: Roots, Authority: EtcdCA, On: Masters},
-			{Path: pki + "etcd/ca.key", Holds: RootKey, Authority: EtcdCA, On: Masters},
-			{Path: pki + "front-proxy-ca.crt", Holds: Roots, Authority: FrontProxyCA, On: Masters},
-			{Path: pki + "front-proxy-ca.key", Holds: RootKey, Authority: FrontProxyCA, On: Masters},
-			{Path: pki + "ca-issuing.crt", Holds: IssuerCert, Authority: ClusterCA, On: Masters, Added: true},
-			{Path: pki + "ca-issuing.key", Holds: IssuerKey, Authority: ClusterCA, On: Masters, Added: true, Pair: pki + "ca-issuing.crt"},
-			{Path: pki + "sa.key", Holds: TokenKey, On: Masters},
-			{Path: pki + "sa.pub", Holds: TokenPublic, On: Masters},
-			{Path: etc + "admin.conf", Holds: Kubeconfig, Authority: ClusterCA, On: Masters},
-			{Path: etc + "super-admin.conf", Holds: Kubeconfig, Authority: ClusterCA, On: Masters, Optional: true},
-			{Path: etc + "controller-manager.conf", Holds: Kubeconfig, Authority: ClusterCA, On: Masters},
-			{Path: etc + "scheduler.conf", Holds: Kubeconfig, Authority: ClusterCA, On: Masters},
-			{Path: etc + "kubelet.conf", Holds: Kubeconfig, Authority: ClusterCA},
-			{Path: kubelet, Holds: KubeletPair, Authority: ClusterCA},
-			{Path: manifests + "etcd.yaml", Holds: Manifest, On: Masters},
-			{Path: manifests + "kube-apiserver.yaml", Holds: Manifest, On: Masters},
-			{Path: manifests + "kube-controller-manager.yaml", Holds: Manifest, On: Masters},
-			{Path: manifests + "kube-scheduler.yaml", Holds: Manifest, On: Masters},
-		},
-		// What a program reads only when it starts; it follows changes of all others by itself.
-		Components: []Component{
-			{
-				Name: "etcd", On: Masters, Pod: manifests + "etcd.yaml", Port: "2379", Serves: pki + "etcd/server.crt", Drained: true,
-				Once: []string{pki + "etcd/ca.crt"},
-			},
-			{
-				Name: "kube-apiserver", On: Masters, Pod: manifests + "kube-apiserver.yaml", Port: "6443", Serves: pki + "apiserver.crt", Drained: true,
-				Once: []string{pki + "etcd/ca.crt", pki + "sa.pub", pki + "sa.key"},
-			},
-			{
-				Name: "kube-controller-manager", On: Masters, Pod: manifests + "kube-controller-manager.yaml",
-				Once:   []string{pki + "ca.crt", pki + "sa.key", etc + "controller-manager.conf"},
-				Issuer: map[string]string{"--cluster-signing-cert-file": pki + "ca-issuing.crt", "--cluster-signing-key-file": pki + "ca-issuing.key"},
-			},
-			{Name: "kube-scheduler", On: Masters, Pod: manifests + "kube-scheduler.yaml", Once: []string{etc + "scheduler.conf"}},
-			{Name: "kubelet", Unit: "kubelet", Once: []string{etc + "kubelet.conf", kubelet}},
-		},
-	}
-	for _, leaf := range []struct {
-		name string
-		by   Authority
-	}{
-		{"apiserver", ClusterCA},
-		{"apiserver-kubelet-client", ClusterCA},
-		{"apiserver-etcd-client", EtcdCA},
-		{"front-proxy-client", FrontProxyCA},
-		{"etcd/server", EtcdCA},
-		{"etcd/peer", EtcdCA},
-		{"etcd/healthcheck-client", EtcdCA},
-	} {
-		l.Files = append(l.Files,
-			File{Path: pki + leaf.name + ".key", Holds: LeafKey, Authority: leaf.by, On: Masters, Pair: pki + leaf.name + ".crt"},
-			File{Path: pki + leaf.name + ".crt", Holds: LeafCert, Authority: leaf.by, On: Masters})
-	}
-	return l
+	Name   string // "kube-apiserver": also the name of its process
+	On     Role
+	Unit   string            // of systemd; empty: a static pod
+	Pod    string            // path of the static pod's manifest; empty: a unit
+	Once   []string          // files that it reads only when it starts
+	Signs  string            // the key with which it signs tokens, the first of its file; also read once
+	Serves string            // the certificate that it presents; empty: it is not asked
+	Issuer map[string]string // flags that are led to other files while old and new CA overlap: flag -> path
 }
 
 // file returns the layout's file of a path.
@@ -199,15 +152,24 @@ func (l Layout) paths(master bool, kinds ...Holds) []string {
 	return out
 }
 
-// authorities returns the PKIs of the layout, in order.
-func (l Layout) authorities() []Authority {
-	var out []Authority
+// leafOf returns the file of a certificate of an authority.
+func (l Layout) leafOf(a Authority) File {
 	for _, f := range l.Files {
-		if f.Holds == Roots {
-			out = append(out, f.Authority)
+		if f.Holds == LeafCert && f.Authority == a {
+			return f
 		}
 	}
-	return out
+	return File{}
+}
+
+// tokenKeyFile is the file whose first key signs tokens.
+func (l Layout) tokenKeyFile() string {
+	for _, f := range l.Files {
+		if f.Holds == TokenKey || f.Holds == LeafTokenKey {
+			return f.Path
+		}
+	}
+	return ""
 }
 
 // component returns the layout's component of a name.
@@ -218,6 +180,16 @@ func (l Layout) component(name string) Component {
 		}
 	}
 	return Component{}
+}
+
+// keyOf returns the key file of a certificate's file.
+func (l Layout) keyOf(cert string) File {
+	for _, f := range l.Files {
+		if f.Pair == cert {
+			return f
+		}
+	}
+	return File{}
 }
 
 // rootFile and rootKey are the files of an authority.

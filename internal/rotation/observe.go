@@ -3,9 +3,7 @@ package rotation
 import (
 	"context"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -64,6 +62,17 @@ func (o Observation) masters() []Machine {
 	for _, m := range o.Machines {
 		if m.Master {
 			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// authorities returns the PKIs that the cluster has, in order.
+func (o Observation) authorities() []Authority {
+	var out []Authority
+	for _, f := range o.Layout.Files {
+		if f.Holds == Roots && !o.masters()[0].Files[f.Path].Absent {
+			out = append(out, f.Authority)
 		}
 	}
 	return out
@@ -143,14 +152,19 @@ func observe(ctx context.Context, l Layout, n Node, h Host) (Machine, error) {
 	for _, f := range l.of(n.Master) {
 		paths = append(paths, f.Path)
 	}
-	m.Files, err = look(ctx, h, paths, func(p string) string { return howToLook(l.file(p).Holds) })
-	return m, err
+	if m.Files, err = look(ctx, h, paths, func(p string) string { return howToLook(l.file(p).Holds) }); err != nil {
+		return m, err
+	}
+	if n.Master {
+		m.Endpoint = net.JoinHostPort(n.Address, apiPort(m.Files[l.component("kube-apiserver").Pod].Content))
+	}
+	return m, nil
 }
 
 // howToLook says how lookScript shows a file.
 func howToLook(h Holds) string {
 	switch h {
-	case Roots, IssuerCert, LeafCert, TokenPublic, Manifest:
+	case Roots, IssuerCert, LeafCert, SelfCert, TokenPublic, Manifest:
 		return "plain"
 	case KubeletPair:
 		return "cert"
@@ -296,8 +310,8 @@ func (k kubeconfig) part(list, inner string) (map[string]any, error) {
 }
 
 // with returns the kubeconfig with another CA and, where it embeds one, another
-// client certificate, whose key is left to be filled in on the machine.
-func (k kubeconfig) with(ca, clientCert []byte) ([]byte, error) {
+// client certificate; without a key, that is left to be filled in on the machine.
+func (k kubeconfig) with(ca, clientCert, clientKey []byte) ([]byte, error) {
 	cluster, err := k.part("clusters", "cluster")
 	if err != nil {
 		return nil, err
@@ -309,7 +323,7 @@ func (k kubeconfig) with(ca, clientCert []byte) ([]byte, error) {
 			return nil, err
 		}
 		user["client-certificate-data"] = base64.StdEncoding.EncodeToString(clientCert)
-		user["client-key-data"] = ""
+		user["client-key-data"] = base64.StdEncoding.EncodeToString(clientKey)
 	}
 	return yaml.Marshal(k.doc)
 }
@@ -322,43 +336,4 @@ func parseInfo(text []byte) (kubeconfig, error) {
 	}
 	_, err := k.part("clusters", "cluster")
 	return k, err
-}
-
-// FindNodes asks the API server of a master for the nodes, with a credential made
-// from the CA on that master.
-func FindNodes(ctx context.Context, h Host, l Layout, connect Connect, now time.Time) ([]Node, error) {
-	read := func(path string) ([]byte, error) {
-		return h.Run(ctx, Script{Name: "read " + path, Text: `cat "$1"`, Args: []string{path}, Quiet: true})
-	}
-	root, err := read(l.rootFile(ClusterCA))
-	if err != nil {
-		return nil, err
-	}
-	key, err := read(l.rootKey(ClusterCA))
-	if err != nil {
-		return nil, err
-	}
-	facts, err := h.Run(ctx, Script{Name: "look at the machine", Text: factsScript, Args: []string{baseDir}, Quiet: true})
-	if err != nil {
-		return nil, err
-	}
-	s := &Succession{Old: root, OldKey: key, New: root, NewKey: key}
-	as, err := s.credential(false, pkix.Name{CommonName: us, Organization: []string{"system:masters"}}, now)
-	if err != nil {
-		return nil, fault.New(fault.Invalid, "BadCA", "The cluster CA of the SSH host cannot be used: %s.", err)
-	}
-	var why error
-	for _, address := range parseFacts(string(facts)).Addresses {
-		api, err := connect(net.JoinHostPort(address, l.APIPort), as)
-		if err != nil {
-			return nil, err
-		}
-		nodes, err := api.Nodes(ctx)
-		if err == nil {
-			return nodes, nil
-		}
-		why = errors.Join(why, fmt.Errorf("%s: %w", address, err))
-	}
-	return nil, fault.New(fault.Unavailable, "NoAPIServer", "The API server of the SSH host does not answer.").Because(why).
-		WithFix("recovery without an API server is not there yet: see docs/roadmap.md")
 }

@@ -26,31 +26,38 @@ type Verb string
 
 // The verbs of steps.
 const (
-	Lock      Verb = "lock"
-	BackUp    Verb = "back up"
-	Snapshot  Verb = "snapshot etcd"
-	Make      Verb = "make new CAs and keys"
-	StageIt   Verb = "stage" // keys made there, certificates issued, trees of all stages
-	Publish   Verb = "copy the journal to the masters"
-	Place     Verb = "place"
-	Restart   Verb = "restart"
-	Objects   Verb = "update objects" // of the API that name the CA
-	Tokens    Verb = "renew token Secrets"
-	Canary    Verb = "prove that the new is accepted"
-	Served    Verb = "prove that the new is served"
-	AllReady  Verb = "wait until all nodes are ready"
-	Published Verb = "wait until the CA is published to all namespaces"
-	Unused    Verb = "wait until the old is unused"
-	Refused   Verb = "prove that the old is refused"
-	Clean     Verb = "clean up"
+	Lock        Verb = "lock"
+	BackUp      Verb = "back up"
+	Snapshot    Verb = "snapshot etcd"
+	Make        Verb = "make new CAs and keys"
+	StageIt     Verb = "stage" // keys made there, certificates issued, trees of all stages
+	Publish     Verb = "copy the journal to the masters"
+	Place       Verb = "place"
+	Restart     Verb = "restart"
+	Objects     Verb = "update objects" // of the API that name the CA
+	Tokens      Verb = "renew token Secrets"
+	CopyToEtcd  Verb = "write the front proxy's certificates to etcd"
+	SaveProfile Verb = "write the API model"
+	Canary      Verb = "prove that the new is accepted"
+	Reach       Verb = "open the API servers' connections to kubelets anew"
+	Served      Verb = "prove that the new is served"
+	AllReady    Verb = "wait until all nodes are ready"
+	Published   Verb = "wait until the CA is published to all namespaces"
+	Unused      Verb = "wait until the old is unused"
+	Refused     Verb = "prove that the old is refused"
+	EtcdUp      Verb = "wait until etcd answers"
+	APIUp       Verb = "wait until the API servers answer"
+	Clean       Verb = "clean up"
 )
 
 // Step is one step of a plan. It is data: what it does is in step.go.
 type Step struct {
-	Phase      Phase    `json:"phase"`
-	Verb       Verb     `json:"verb"`
-	Node       string   `json:"node,omitempty"`
-	Stage      Stage    `json:"stage,omitempty"`
+	Phase Phase  `json:"phase"`
+	Verb  Verb   `json:"verb"`
+	Node  string `json:"node,omitempty"`
+	Stage Stage  `json:"stage,omitempty"`
+	// Whole says that the step leads from the first stage to its own at once.
+	Whole      bool     `json:"whole,omitempty"`
 	Paths      []string `json:"paths,omitempty"`      // of Place
 	Components []string `json:"components,omitempty"` // of Restart
 	NoReturn   bool     `json:"noReturn,omitempty"`
@@ -69,6 +76,14 @@ func (s Step) Name() string {
 		parts = append(parts, "on", s.Node)
 	}
 	return strings.Join(parts, " ")
+}
+
+// before is the stage from which the step leads to its own.
+func (s Step) before() Stage {
+	if s.Whole {
+		return Old
+	}
+	return s.Stage - 1
 }
 
 // words joins words as in a sentence.
@@ -119,27 +134,29 @@ func (p Plan) NoReturn() string {
 
 // MakePlan plans a rotation. It refuses a cluster on which one could do harm.
 func MakePlan(o Observation, s Scope, run string) (Plan, error) {
-	l := o.Layout
-	p := Plan{Run: run, Made: o.At, Layout: l.Name, Scope: s}
+	if s.Etcd && o.Layout.EtcdBy != EtcdCA { // it is part of another
+		if s.Etcd = false; !s.Cluster {
+			return Plan{}, fault.New(fault.Invalid, "NoEtcdCA", "etcd has no CA of its own in the layout %s: its certificates are of the cluster CA.", o.Layout.Name).
+				At("--only").WithFix("name cluster-ca")
+		}
+	}
+	p := Plan{Run: run, Made: o.At, Layout: o.Layout.Name, Scope: s}
 	if err := fit(o, s); err != nil {
 		return p, err
 	}
 	for _, m := range o.Machines {
 		p.Nodes = append(p.Nodes, m.Node)
 	}
-	masters := o.masters()
-	p.Drain = len(masters) > 1
-	for _, m := range masters {
-		if !m.Facts.Forward || !m.Facts.has("iptables") {
-			p.Drain = false
-			p.Warnings = append(p.Warnings, fmt.Sprintf("%s does not forward packets, or has no iptables: clients of its API server are not led to another while it restarts.", m.Name))
-		}
-	}
-	b := &planner{o: o, l: l, s: s, plan: &p}
+	b := &planner{o: o, l: o.Layout, s: s, plan: &p}
 	b.prepare()
-	b.trust()
-	b.change()
-	b.retire()
+	if s.Apart {
+		b.recover()
+	} else {
+		b.drain()
+		b.trust()
+		b.change()
+		b.retire()
+	}
 	p.Impact = b.impact()
 	names := map[string]bool{}
 	for _, st := range p.Steps {
@@ -207,7 +224,7 @@ func (b *planner) add(s Step) { b.plan.Steps = append(b.plan.Steps, s) }
 func (b *planner) place(ph Phase, at Stage, m Machine, kinds ...Holds) {
 	var paths []string
 	for _, p := range b.l.paths(m.Master, kinds...) {
-		if b.s.changes(b.l.file(p), at) && (!m.Files[p].Absent || b.l.file(p).Added) {
+		if b.l.changes(b.s, b.l.file(p), at) && (!m.Files[p].Absent || b.l.file(p).Added) {
 			paths = append(paths, p)
 		}
 	}
@@ -230,6 +247,25 @@ func (b *planner) restart(ph Phase, at Stage, m Machine, names ...string) {
 	}
 }
 
+// drain decides whether clients are led to another API server while theirs restarts.
+func (b *planner) drain() {
+	masters := b.o.masters()
+	b.plan.Drain = len(masters) > 1
+	for _, m := range masters {
+		if !m.Facts.Forward || !m.Facts.has("iptables") {
+			b.plan.Drain = false
+			b.warn("%s does not forward packets, or has no iptables: clients of its API server are not led to another while it restarts.", m.Name)
+		}
+	}
+	if b.s.Leaves && !b.s.FrontProxy && b.l.rootKey(FrontProxyCA) == "" {
+		b.warn("The CA of the front proxy has no key any more: its certificate is renewed only with it (--only front-proxy-ca).")
+	}
+}
+
+func (b *planner) warn(format string, args ...any) {
+	b.plan.Warnings = append(b.plan.Warnings, fmt.Sprintf(format, args...))
+}
+
 func (b *planner) prepare() {
 	for _, m := range b.o.Machines {
 		b.add(Step{Phase: Prepare, Verb: Lock, Node: m.Name})
@@ -237,7 +273,9 @@ func (b *planner) prepare() {
 	for _, m := range b.o.Machines {
 		b.add(Step{Phase: Prepare, Verb: BackUp, Node: m.Name})
 	}
-	b.add(Step{Phase: Prepare, Verb: Snapshot, Node: b.o.masters()[0].Name})
+	if !b.s.Apart { // etcd answers
+		b.add(Step{Phase: Prepare, Verb: Snapshot, Node: b.o.masters()[0].Name})
+	}
 	b.add(Step{Phase: Prepare, Verb: Make})
 	for _, m := range b.o.Machines {
 		b.add(Step{Phase: Prepare, Verb: StageIt, Node: m.Name})
@@ -252,8 +290,9 @@ func (b *planner) trust() {
 		b.restart(Trust, Trusted, m, "kube-controller-manager")
 	}
 	for _, m := range b.o.Machines {
-		b.place(Trust, Trusted, m, Roots, TokenPublic)
+		b.place(Trust, Trusted, m, Roots, TokenPublic, LeafTokenKey)
 	}
+	b.copies(Trust, Trusted)
 	for _, m := range b.o.masters() {
 		b.restart(Trust, Trusted, m, "kube-apiserver")
 	}
@@ -271,10 +310,12 @@ func (b *planner) trust() {
 }
 
 func (b *planner) change() {
-	for _, m := range b.o.masters() { // no restart is needed for these
-		b.place(Switch, Switched, m, LeafKey, LeafCert)
+	for _, m := range b.o.Machines { // no restart is needed for these
+		b.place(Switch, Switched, m, LeafKey, LeafTokenKey, LeafCert, SelfCert)
 	}
+	b.copies(Switch, Switched)
 	b.add(Step{Phase: Switch, Verb: Served})
+	b.add(Step{Phase: Switch, Verb: Reach})
 	for _, m := range b.o.masters() {
 		b.place(Switch, Switched, m, IssuerKey, IssuerCert, TokenKey)
 		b.kubeconfigs(Switch, Switched, m)
@@ -290,6 +331,7 @@ func (b *planner) change() {
 	if b.s.Cluster {
 		b.add(Step{Phase: Switch, Verb: Published, Stage: Switched})
 	}
+	b.saveProfile()
 	b.add(Step{Phase: Switch, Verb: Publish})
 	b.add(Step{Phase: Soak, Verb: Unused})
 }
@@ -299,7 +341,7 @@ func (b *planner) kubeconfigs(ph Phase, at Stage, m Machine) {
 	var paths []string
 	once := b.l.component("kubelet").Once
 	for _, p := range b.l.paths(m.Master, Kubeconfig) {
-		if b.s.changes(b.l.file(p), at) && !m.Files[p].Absent && !slices.Contains(once, p) {
+		if b.l.changes(b.s, b.l.file(p), at) && !m.Files[p].Absent && !slices.Contains(once, p) {
 			paths = append(paths, p)
 		}
 	}
@@ -308,12 +350,13 @@ func (b *planner) kubeconfigs(ph Phase, at Stage, m Machine) {
 	}
 }
 
-// kubelet places what the kubelet reads at its start, and restarts it; the
-// containers of the node go on.
+// kubelet places what only the kubelet reads, and restarts it; the containers of
+// the node go on.
 func (b *planner) kubelet(ph Phase, at Stage, m Machine) {
 	var paths []string
 	for _, p := range b.l.component("kubelet").Once {
-		if b.s.changes(b.l.file(p), at) && !m.Files[p].Absent {
+		f := b.l.file(p)
+		if (f.Holds == Kubeconfig || f.Holds == KubeletPair) && b.l.changes(b.s, f, at) && !m.Files[p].Absent {
 			paths = append(paths, p)
 		}
 	}
@@ -323,10 +366,28 @@ func (b *planner) kubelet(ph Phase, at Stage, m Machine) {
 	b.restart(ph, at, m, "kubelet")
 }
 
+// copies adds a step that makes the copies in etcd follow their files.
+func (b *planner) copies(ph Phase, at Stage) {
+	for _, c := range b.l.Copies {
+		if b.l.changes(b.s, b.l.file(c.Path), at) && !b.o.masters()[0].Files[c.Path].Absent {
+			b.add(Step{Phase: ph, Verb: CopyToEtcd, Stage: at, Whole: b.s.Apart})
+			return
+		}
+	}
+}
+
+// saveProfile adds the step that writes the API model: when the new is in use, so
+// that a machine which is added from now on gets it.
+func (b *planner) saveProfile() {
+	if b.l.hasProfile() {
+		b.add(Step{Phase: Switch, Verb: SaveProfile})
+	}
+}
+
 func (b *planner) retire() {
 	before := len(b.plan.Steps)
 	for _, m := range b.o.masters() {
-		b.place(Retire, Retired, m, Roots, RootKey, TokenPublic)
+		b.place(Retire, Retired, m, Roots, RootKey, TokenPublic, LeafTokenKey)
 		b.kubeconfigs(Retire, Retired, m)
 		b.restart(Retire, Retired, m, "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 		b.place(Retire, Retired, m, IssuerCert, IssuerKey)
@@ -337,7 +398,8 @@ func (b *planner) retire() {
 		}
 		b.kubelet(Retire, Retired, m)
 	}
-	for _, m := range b.o.masters() { // the cross certificate goes when no etcd knows only the old CA any more
+	b.copies(Retire, Retired)
+	for _, m := range b.o.Machines { // the cross certificate goes when no etcd knows only the old CA any more
 		b.place(Retire, Retired, m, LeafCert)
 	}
 	if len(b.plan.Steps) == before {
@@ -345,7 +407,52 @@ func (b *planner) retire() {
 		return
 	}
 	b.plan.Steps[before].NoReturn = true
+	b.add(Step{Phase: Retire, Verb: Reach})
 	b.add(Step{Phase: Retire, Verb: AllReady})
+	if b.s.Cluster {
+		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})
+		b.add(Step{Phase: Retire, Verb: Published, Stage: Retired})
+	}
+	b.add(Step{Phase: Retire, Verb: Refused})
+	b.add(Step{Phase: Retire, Verb: Clean})
+}
+
+// recover plans how a cluster comes back whose old certificates do not work any
+// more, so that nothing can overlap: everything is placed everywhere, then what reads it
+// restarts, from etcd upwards. It needs no API until there is one again.
+func (b *planner) recover() {
+	kinds := []Holds{Roots, RootKey, TokenPublic, TokenKey, LeafTokenKey, LeafKey, LeafCert, SelfCert, Kubeconfig, KubeletPair}
+	before := len(b.plan.Steps)
+	for _, m := range b.o.Machines {
+		var paths []string
+		for _, p := range b.l.paths(m.Master, kinds...) {
+			if len(b.l.stages(b.s, b.l.file(p))) > 0 && !m.Files[p].Absent {
+				paths = append(paths, p)
+			}
+		}
+		b.add(Step{Phase: Switch, Verb: Place, Node: m.Name, Stage: Retired, Whole: true, Paths: paths})
+	}
+	b.plan.Steps[before].NoReturn = true
+	restart := func(m Machine, names ...string) {
+		b.add(Step{Phase: Switch, Verb: Restart, Node: m.Name, Stage: Retired, Whole: true, Components: names})
+	}
+	for _, m := range b.o.masters() {
+		restart(m, "kubelet", "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
+	}
+	b.add(Step{Phase: Switch, Verb: EtcdUp})
+	b.add(Step{Phase: Switch, Verb: APIUp})
+	for _, m := range b.o.Machines {
+		if !m.Master {
+			restart(m, "kubelet")
+		}
+	}
+	b.add(Step{Phase: Switch, Verb: AllReady})
+	b.copies(Switch, Retired)
+	b.saveProfile()
+	b.add(Step{Phase: Switch, Verb: Publish})
+	if b.s.Tokens {
+		b.add(Step{Phase: Retire, Verb: Tokens})
+	}
 	if b.s.Cluster {
 		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})
 		b.add(Step{Phase: Retire, Verb: Published, Stage: Retired})
@@ -356,6 +463,9 @@ func (b *planner) retire() {
 
 // impact says what clients of the API will notice.
 func (b *planner) impact() string {
+	if b.s.Apart {
+		return "it is away already; it comes back, server by server, about a minute after the files are in place"
+	}
 	restarts := 0
 	for _, s := range b.plan.Steps {
 		if s.Verb == Restart && slices.Contains(s.Components, "kube-apiserver") {

@@ -13,7 +13,11 @@ import (
 // finds, as far as the planner asks.
 func threeMasters(t *testing.T) Observation {
 	t.Helper()
-	l := Kubeadm()
+	return clusterOf(Kubeadm())
+}
+
+// clusterOf is that of a layout.
+func clusterOf(l Layout) Observation {
 	o := Observation{At: time.Now(), Layout: l}
 	for _, n := range []Node{
 		{Name: "master-0", Address: "10.0.0.10", Master: true, OS: "linux"},
@@ -23,7 +27,7 @@ func threeMasters(t *testing.T) Observation {
 	} {
 		m := Machine{Node: n, Files: map[string]FileState{}, Facts: Facts{Now: o.At, Forward: true, FreeKiB: 1 << 20, Tools: []string{"openssl", "sha256sum", "base64", "tar", "iptables", "curl"}}}
 		for _, f := range l.of(n.Master) {
-			m.Files[f.Path] = FileState{Path: f.Path, Absent: f.Added || f.Optional}
+			m.Files[f.Path] = FileState{Path: f.Path, Absent: f.Added}
 		}
 		o.Machines = append(o.Machines, m)
 	}
@@ -124,6 +128,81 @@ func TestRestartsAreFew(t *testing.T) {
 	}
 }
 
+func TestOrderOfAFullRotationOfAKSEngine(t *testing.T) {
+	p, err := MakePlan(clusterOf(AKSEngine(3, "azureuser")), Everything(), "run1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Scope.Etcd {
+		t.Error("a CA of etcd is rotated, which there is none")
+	}
+	last := -1
+	for _, name := range []string{
+		"prepare: stage on worker-0",
+		"trust: restart kube-controller-manager on master-0",
+		"trust: place ca.crt, proxy-ca.crt, apiserver.key on master-0",
+		"trust: place ca.crt on worker-0",
+		"trust: write the front proxy's certificates to etcd",
+		"trust: restart kube-apiserver on master-2",
+		"trust: prove that the new is accepted",
+		"switch: place kubeletserver.key, kubeletserver.crt, client.key, client.crt on worker-0",
+		"switch: write the front proxy's certificates to etcd",
+		"switch: restart kube-apiserver, kube-controller-manager and kube-scheduler on master-0",
+		"switch: place kubelet-client-current.pem on worker-0",
+		"switch: restart kubelet on worker-0",
+		"switch: write the API model",
+		"soak: wait until the old is unused",
+		"retire: restart etcd, kube-apiserver, kube-controller-manager and kube-scheduler on master-2",
+		"retire: restart kubelet on worker-0",
+		"retire: write the front proxy's certificates to etcd",
+		"retire: place client.crt on worker-0",
+		"retire: clean up",
+	} {
+		i := index(t, p, name)
+		if i <= last {
+			t.Errorf("%q comes too early", name)
+		}
+		last = i
+	}
+	if _, err := MakePlan(clusterOf(AKSEngine(3, "azureuser")), Scope{Etcd: true}, "run1"); fault.From(err).Code != "NoEtcdCA" {
+		t.Errorf("only the CA of etcd, which is the cluster's: %v", err)
+	}
+}
+
+// TestRecoveryNeedsNoAPIUntilThereIsOne: the first step that asks an API server
+// comes after all of them have restarted.
+func TestRecoveryNeedsNoAPIUntilThereIsOne(t *testing.T) {
+	for _, l := range []Layout{Kubeadm(), AKSEngine(3, "azureuser")} {
+		p, err := MakePlan(clusterOf(l), Scope{Leaves: true, Apart: true}, "run1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		last := -1
+		for _, name := range []string{
+			"prepare: stage on worker-0",
+			p.NoReturn(),
+			"switch: restart kubelet, etcd, kube-apiserver, kube-controller-manager and kube-scheduler on master-0",
+			"switch: restart kubelet, etcd, kube-apiserver, kube-controller-manager and kube-scheduler on master-2", // two of three are a quorum
+			"switch: wait until etcd answers",
+			"switch: wait until the API servers answer",
+			"switch: restart kubelet on worker-0",
+			"switch: wait until all nodes are ready",
+			"retire: prove that the old is refused",
+		} {
+			i := index(t, p, name)
+			if i <= last {
+				t.Errorf("%s: %q comes too early", l.Name, name)
+			}
+			last = i
+		}
+		for i, s := range p.Steps[:index(t, p, "switch: wait until all nodes are ready")] {
+			if s.Verb == Snapshot || s.Verb == Canary || s.Verb == Objects || s.Verb == Published {
+				t.Errorf("%s: step %d, %q, asks for an API", l.Name, i, s.Name())
+			}
+		}
+	}
+}
+
 func TestOneMasterAtATimeWithoutNeighbour(t *testing.T) {
 	o := threeMasters(t)
 	o.Machines[1].Facts.Tools = []string{"openssl", "sha256sum", "base64", "tar", "curl"}
@@ -168,7 +247,13 @@ func TestPlanRefuses(t *testing.T) {
 // TestEveryFileEndsAsItMust: whatever the scope, a file that is placed at a stage
 // comes from a tree that holds it, and what was added is gone at both ends.
 func TestEveryFileEndsAsItMust(t *testing.T) {
-	l := Kubeadm()
+	for _, l := range []Layout{Kubeadm(), AKSEngine(3, "azureuser")} {
+		everyFileEnds(t, l)
+	}
+}
+
+func everyFileEnds(t *testing.T, l Layout) {
+	t.Helper()
 	for _, only := range [][]string{nil, {"leaves"}, {"cluster-ca"}, {"etcd-ca"}, {"front-proxy-ca"}, {"service-account-keys"}, {"leaves", "etcd-ca"}} {
 		s, _ := ParseScope(only)
 		for _, f := range l.Files {

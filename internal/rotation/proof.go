@@ -32,6 +32,21 @@ func until(ctx context.Context, within time.Duration, look func(ctx context.Cont
 	}
 }
 
+// gate is a proof that needs an API server. Told to, we go on without where none answers.
+func (e *Engine) gate(proof func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		err := proof(ctx)
+		if err == nil || !e.Force || !errors.Is(err, fault.Unavailable) {
+			return err
+		}
+		if _, none := e.anyAPI(ctx); none == nil {
+			return err
+		}
+		e.note("not proven, as no API server answers (--force): %v", err)
+		return nil
+	}
+}
+
 // sleep waits, unless ctx ends.
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
@@ -53,8 +68,43 @@ func (e *Engine) canary(ctx context.Context) error {
 			return fault.New(fault.Precondition, "NotTrusted", "%s does not accept the new material yet: %s.", m.Name, err).Because(err)
 		}
 	}
+	return e.kubelets(ctx, true, true)
+}
+
+// kubelets proves that every kubelet knows, or does not know, the owner of a
+// certificate of the new or old cluster CA.
+func (e *Engine) kubelets(ctx context.Context, fresh, want bool) error {
+	s := e.material.Authorities[ClusterCA]
+	if !s.renewed() {
+		return nil
+	}
+	c, err := s.credential(fresh, pkix.Name{CommonName: canaryName}, e.Now())
+	if err != nil {
+		return err
+	}
+	for _, n := range e.Plan.Nodes {
+		err := until(ctx, time.Minute, func(ctx context.Context) error {
+			who, err := e.Kubelet(ctx, net.JoinHostPort(n.Address, kubeletPort), c)
+			if errors.Is(err, fault.Precondition) { // it lets everybody in, which is not ours to judge
+				e.note("%v", err)
+				return nil
+			}
+			if err == nil && (who == canaryName) != want {
+				err = fmt.Errorf("it takes the owner of such a certificate for %q", who)
+			}
+			return err
+		})
+		if err != nil {
+			which := map[bool]string{true: "does not accept certificates of the new CA yet", false: "still accepts certificates of the old CA"}[fresh]
+			return fault.New(fault.Precondition, "KubeletTrust", "The kubelet of %s %s: %s.", n.Name, which, err).Because(err).
+				WithFix("look at its clientCAFile, then run the same command again")
+		}
+	}
 	return nil
 }
+
+// kubeletPort is where kubelets serve.
+const kubeletPort = "10250"
 
 func (e *Engine) accepted(ctx context.Context, m Machine) error {
 	if err := e.knows(ctx, m, true, true); err != nil {
@@ -69,10 +119,11 @@ func (e *Engine) accepted(ctx context.Context, m Machine) error {
 			return errors.New("its API server refuses a token of the new key")
 		}
 	}
-	if !e.Plan.Scope.Etcd {
+	s := e.material.Authorities[e.Layout.EtcdBy]
+	if !s.renewed() {
 		return nil
 	}
-	c, err := e.material.Authorities[EtcdCA].credential(true, pkix.Name{CommonName: us}, e.Now())
+	c, err := s.credential(true, pkix.Name{CommonName: us}, e.Now())
 	if err != nil {
 		return err
 	}
@@ -128,13 +179,9 @@ func (e *Engine) knows(ctx context.Context, m Machine, fresh, want bool) error {
 // proxyName is the subject of the front proxy's certificate: API servers accept
 // no other.
 func (e *Engine) proxyName() pkix.Name {
-	first := e.Observed.masters()[0]
-	for _, f := range e.Layout.Files {
-		if f.Holds == LeafCert && f.Authority == FrontProxyCA {
-			if c, err := e.Layout.certificate(first.Files[f.Path]); err == nil && c != nil {
-				return c.Subject
-			}
-		}
+	f := e.Layout.leafOf(FrontProxyCA)
+	if c, err := e.Layout.certificate(e.Observed.masters()[0].Files[f.Path]); err == nil && c != nil {
+		return c.Subject
 	}
 	return pkix.Name{CommonName: "front-proxy-client"}
 }
@@ -168,7 +215,10 @@ func (e *Engine) served(ctx context.Context) error {
 			if c.Serves == "" {
 				continue
 			}
-			address := net.JoinHostPort(m.Address, c.Port)
+			address := net.JoinHostPort(m.Address, e.Layout.EtcdPort)
+			if c.Name == "kube-apiserver" {
+				address = m.Endpoint
+			}
 			err := until(ctx, 2*time.Minute, func(ctx context.Context) error { return e.presents(ctx, m.Name, address, c.Serves) })
 			if err != nil {
 				return fault.New(fault.Precondition, "NotServed", "%s of %s does not present its new certificate: %s.", c.Name, m.Name, err).Because(err)
@@ -205,7 +255,10 @@ func (e *Engine) refused(ctx context.Context) error {
 			return fault.New(fault.Precondition, "StillAccepted", "%s still accepts the old: %s.", m.Name, err).Because(err)
 		}
 	}
-	return nil
+	if err := e.kubelets(ctx, false, false); err != nil {
+		return err
+	}
+	return e.proven()
 }
 
 func (e *Engine) refuses(ctx context.Context, m Machine) error {
@@ -221,8 +274,8 @@ func (e *Engine) refuses(ctx context.Context, m Machine) error {
 			return errors.New("its API server accepts a token of the old key")
 		}
 	}
-	s := e.material.Authorities[EtcdCA]
-	if s == nil || !s.renewed() {
+	s := e.material.Authorities[e.Layout.EtcdBy]
+	if !s.renewed() {
 		return nil
 	}
 	c, err := s.credential(false, pkix.Name{CommonName: us}, e.Now())

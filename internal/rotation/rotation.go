@@ -53,6 +53,7 @@ type Engine struct {
 	Hosts    map[string]Host
 	Connect  Connect
 	Etcd     OpenEtcd
+	Kubelet  AskKubelet
 	Dial     Dialer // into the cluster's network
 	Journal  *journal.Journal
 	// Copy returns the journal as it is on disk, for the masters.
@@ -62,10 +63,19 @@ type Engine struct {
 	Open func(sealed []byte) ([]byte, error)
 	// Spool keeps what write writes, sealed, and returns it from the start.
 	Spool func(write func(w io.Writer) error) (io.ReadSeekCloser, error)
+	// Profile is the certificate profile of the cluster's API model, by entry, and
+	// SaveProfile changes entries there; both nil where there is none.
+	Profile     map[string][]byte
+	SaveProfile func(ctx context.Context, entries map[string][]byte) error
+	// Given are entries of a certificate profile with the new CA and certificates, which
+	// the operator gives; nil: they are made.
+	Given map[string][]byte
 	// Who names this runner to others: user and machine.
 	Who string
 	// TakeOver takes the lock of a runner that is still at work.
 	TakeOver bool
+	// Force goes on without the proofs that need an API server, while none answers.
+	Force bool
 	// Soak is how long to wait at most for the old to be unused; zero: the longest
 	// lifetime of a token in use, at most an hour.
 	Soak time.Duration
@@ -88,6 +98,7 @@ const (
 	planValue     = "plan"
 	materialValue = "material"
 	observedValue = "observed"
+	proofsValue   = "proofs"
 	switchedValue = "switched"      // when the last API server began to sign with the new key
 	backValue     = "switched back" // when they began to sign with the old key again, on the way back
 )
@@ -105,6 +116,12 @@ func Kept(j *journal.Journal) (p Plan, o Observation, ok bool, err error) {
 	}
 	_, err = j.Get(observedValue, &o)
 	return p, o, true, err
+}
+
+// Made reports whether a run's new material is in its journal.
+func Made(j *journal.Journal) (bool, error) {
+	var sealed []byte
+	return j.Get(materialValue, &sealed)
 }
 
 // SoakError says that the old is still in use, or that the run was told to stop

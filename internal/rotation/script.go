@@ -128,7 +128,7 @@ done
 // stageScript unpacks the trees that come as a tar on standard input, and puts
 // the keys made here into them. Each argument is VERB:STAGE:PATH:KEY: "key" makes the
 // file out of the key, "append" adds the key to the certificates that are there,
-// "config" writes it into a kubeconfig. Owner and mode are those of the file that
+// "config" writes it into a kubeconfig, "self-DAYS" signs the old certificate anew with it. Owner and mode are those of the file that
 // it will replace, or of REF where there was none.
 const stageScript = fence + `
 rm -rf "$RUN/trusted" "$RUN/switched" "$RUN/retired"
@@ -140,6 +140,7 @@ for arg; do
   case $verb in
   key) cp "$key" "$to" ;;
   append) cat "$key" >>"$to" ;;
+  self-*) openssl x509 -in "$RUN/old$p" -signkey "$key" -days "${verb#self-}" -set_serial "0x1$(openssl rand -hex 15)" -out "$to" 2>/dev/null ;;
   config) K=$(base64 -w0 <"$key") awk '{if ($1=="client-key-data:") sub(/client-key-data:.*/, "client-key-data: " ENVIRON["K"]); print}' "$to" >"$to.part"; mv -T "$to.part" "$to" ;;
   esac
 done
@@ -194,15 +195,16 @@ done
 echo yes
 `
 
-// restartScript restarts static pods of a master with nobody noticing who can
-// choose another API server. $1 is our address, $2 the API's port. What follows is
-// NAME:STAGE:MANIFEST.
+// restartScript restarts programs of a master with nobody noticing who can choose
+// another API server. $1 is our address, $2 the API's port, $3 and $4 a client
+// certificate and its key. What follows is NAME:STAGE:MANIFEST of a static pod, or
+// NAME:unit:UNIT.
 //
 // New connections to our API server are led to the neighbour's by the packet
 // filter; then our server is stopped, and finishes what it has begun; then etcd
 // restarts, if it must; then our server starts again. The others restart meanwhile.
 const restartScript = fenceInput + `
-us=$1; port=$2; shift 2
+us=$1; port=$2; cert=$3; key=$4; shift 4
 pid_of() {
   for p in /proc/[0-9]*; do
     if [ "$(basename "$(readlink "$p/exe" 2>/dev/null)" 2>/dev/null)" = "$1" ]; then echo "${p#/proc/}"; return; fi
@@ -217,9 +219,11 @@ rules() { # A or D
 undrain() { while rules D 2>/dev/null; do :; done; }
 drain() { [ "$neighbour" = - ] && return; undrain; rules A; sleep 2; }
 [ "$neighbour" = - ] || trap undrain EXIT
-answers() { # the API server says that it is ready
-  [ "$(curl -sk --max-time 3 "https://127.0.0.1:$port/readyz" 2>/dev/null)" = ok ] ||
-  [ "$(curl -sk --max-time 3 "https://$us:$port/readyz" 2>/dev/null)" = ok ]
+answers() { # the API server says that it is ready, also where it answers no stranger
+  for host in 127.0.0.1 "$us"; do
+    if [ "$(curl -sk --max-time 3 --cert "$cert" --key "$key" "https://$host:$port/readyz" 2>/dev/null)" = ok ]; then return 0; fi
+  done
+  return 1
 }
 wait_gone() { # pid, seconds
   i=0; while [ -d "/proc/$1" ] && [ $i -lt "$2" ]; do sleep 0.2; i=$((i+1)); done
@@ -238,9 +242,12 @@ place() { # stage, path
   beside=$(dirname "$(dirname "$2")")/.keyfleet-manifest # not inside: the kubelet reads all there is
   cp -a "$RUN/manifest.part" "$beside"; mv -fT "$beside" "$2"; rm -f "$RUN/manifest.part"
 }
-restart() { # NAME:STAGE:MANIFEST
-  name=${1%%:*}; rest=${1#*:}; old=$(pid_of "$name")
-  place "${rest%%:*}" "${rest#*:}"
+begin() { # STAGE:MANIFEST, or unit:UNIT
+  case $1 in unit:*) systemctl restart "${1#unit:}" ;; *) place "${1%%:*}" "${1#*:}" ;; esac
+}
+restart() { # NAME:..., as begin
+  name=${1%%:*}; old=$(pid_of "$name")
+  begin "${1#*:}"
   wait_new "$name" "$old"
 }
 api=; etcd=; others=
@@ -251,13 +258,15 @@ olds=
 for arg in $others; do
   name=${arg%%:*}; rest=${arg#*:}
   olds="$olds $name:$(pid_of "$name")"
-  place "${rest%%:*}" "${rest#*:}"
+  begin "$rest"
 done
 if [ -n "$api" ]; then drain; fi
-if [ -n "$etcd" ]; then # the API server is away while etcd restarts
-  old=$(pid_of kube-apiserver)
-  rest=${api#*:}; rm -f "${rest#*:}"
-  [ -z "$old" ] || wait_gone "$old" 400
+if [ -n "$etcd" ]; then
+  if [ -n "$api" ]; then # which is away while etcd restarts
+    old=$(pid_of kube-apiserver)
+    rest=${api#*:}; rm -f "${rest#*:}"
+    [ -z "$old" ] || wait_gone "$old" 400
+  fi
   restart "$etcd"
 fi
 if [ -n "$api" ]; then
@@ -270,6 +279,44 @@ for pair in $olds; do wait_new "${pair%%:*}" "${pair#*:}"; done
 // unitScript restarts a unit.
 const unitScript = fenceInput + `
 systemctl restart "$1"
+`
+
+// afreshScript stops the kubelet and all that it and systemd run of a control plane,
+// and starts it from new manifests. Arguments are those of restartScript.
+//
+// A kubelet that is running could wait for ever: one that has just started, and whose
+// static pod changes before it has seen the end of the old one, does not start the new.
+const afreshScript = fenceInput + `
+shift 4
+for arg; do case $arg in kubelet:*) systemctl stop "${arg##*:}" ;; esac; done
+pid_of() {
+  for p in /proc/[0-9]*; do
+    if [ "$(basename "$(readlink "$p/exe" 2>/dev/null)" 2>/dev/null)" = "$1" ]; then echo "${p#/proc/}"; return; fi
+  done
+}
+end() { # NAME
+  for signal in TERM KILL; do
+    i=0
+    while pid=$(pid_of "$1"); [ -n "$pid" ] && [ $i -lt 150 ]; do
+      [ $i -gt 0 ] || kill -$signal "$pid" 2>/dev/null || true
+      sleep 0.2; i=$((i+1))
+    done
+  done
+}
+for arg; do
+  name=${arg%%:*}; rest=${arg#*:}
+  case $arg in
+  kubelet:*) ;;
+  *:unit:*) systemctl stop "${arg##*:}" ;;
+  *)
+    end "$name"; to=${rest#*:}
+    cp -a "$RUN/${rest%%:*}$to" "$RUN/manifest.part"; touch "$RUN/manifest.part"; sync "$RUN/manifest.part"
+    beside=$(dirname "$(dirname "$to")")/.keyfleet-manifest
+    cp -a "$RUN/manifest.part" "$beside"; mv -fT "$beside" "$to"; rm -f "$RUN/manifest.part"
+    echo "$name stopped, $to placed" ;;
+  esac
+done
+for arg; do case $arg in *:unit:*) systemctl start --no-block "${arg##*:}" ;; esac; done
 `
 
 // lockScript takes the lock of a machine for a run: $1 RUN, $2 our token, $3

@@ -33,6 +33,9 @@ const ownLife = 24 * time.Hour
 
 // retiring reports whether the old may be refused somewhere already.
 func (e *Engine) retiring() bool {
+	if e.Plan.Scope.Apart {
+		return e.material != nil
+	}
 	state := e.Journal.State()
 	for _, s := range e.Plan.Steps {
 		if s.NoReturn {
@@ -60,8 +63,11 @@ func (e *Engine) succession(ctx context.Context, a Authority) (*Succession, erro
 // somebody. It trusts old and new.
 func (s *Succession) credential(fresh bool, name pkix.Name, now time.Time) (Credential, error) {
 	rootPEM, keyPEM := s.Old, s.OldKey
-	if fresh {
+	switch {
+	case fresh:
 		rootPEM, keyPEM = s.New, s.NewKey
+	case keyPEM == nil && s.Holder != nil: // we can make none, but have one
+		return Credential{Roots: s.both(), Cert: s.Holder.Cert, Key: s.Holder.Key}, nil
 	}
 	chain, err := pki.ParseChain(rootPEM)
 	if err != nil {
@@ -126,7 +132,7 @@ func (e *Engine) anyAPI(ctx context.Context) (API, error) {
 
 // openEtcd opens the cluster's etcd.
 func (e *Engine) openEtcd(ctx context.Context) (Etcd, error) {
-	s, err := e.succession(ctx, EtcdCA)
+	s, err := e.succession(ctx, e.Layout.EtcdBy)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,9 @@
 package rotation
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // Stage is how far a file is. Each machine holds, in its private folder, a tree
 // of files for each stage; to go forward is to copy from the tree of the next
@@ -25,10 +28,19 @@ type Scope struct {
 	FrontProxy bool `json:"frontProxy"` // the CA of the front proxy
 	Tokens     bool `json:"tokens"`     // the keys of service account tokens
 	Leaves     bool `json:"leaves"`     // every certificate, under its present CA unless that is replaced
+	// Apart says that the old does not work any more: nothing overlaps, and everything restarts.
+	Apart bool `json:"apart,omitempty"`
 }
 
 // Everything replaces all there is.
-func Everything() Scope { return Scope{true, true, true, true, true} }
+func Everything() Scope {
+	return Scope{Cluster: true, Etcd: true, FrontProxy: true, Tokens: true, Leaves: true}
+}
+
+// With adds what another scope has.
+func (s Scope) With(t Scope) Scope {
+	return Scope{s.Cluster || t.Cluster, s.Etcd || t.Etcd, s.FrontProxy || t.FrontProxy, s.Tokens || t.Tokens, s.Leaves || t.Leaves, s.Apart || t.Apart}
+}
 
 // ParseScope reads the words of --only; none means everything.
 func ParseScope(words []string) (Scope, []string) {
@@ -85,64 +97,59 @@ func (s Scope) renews(a Authority) bool {
 	return false
 }
 
+// reissues reports whether a certificate is issued anew. One whose CA has no key
+// any more is renewed only with its CA.
+func (l Layout) reissues(s Scope, f File) bool {
+	switch {
+	case f.Authority == "": // signed by its own key
+		return s.Leaves || s.Cluster
+	case s.renews(f.Authority):
+		return true
+	case l.rootKey(f.Authority) == "":
+		return false
+	case f.Holds == LeafCert && l.keyOf(f.Path).Holds == LeafTokenKey:
+		return s.Leaves || s.Tokens
+	}
+	return s.Leaves
+}
+
 // stages returns at which stages the content of a file differs from the stage
-// before, given the scope. marked says which components restart at a stage; a
-// manifest changes with them.
-func (s Scope) stages(f File) []Stage {
+// before, given the scope: the table of [Holds]. A manifest changes when its
+// component restarts: see stagesOf.
+func (l Layout) stages(s Scope, f File) []Stage {
 	ca := s.renews(f.Authority)
-	leaf := ca || s.Leaves
+	when := func(is bool, stages ...Stage) []Stage {
+		if !is {
+			return nil
+		}
+		return stages
+	}
 	switch f.Holds {
 	case Roots:
-		if ca {
-			return []Stage{Trusted, Retired}
-		}
+		return when(ca, Trusted, Retired)
 	case RootKey:
-		if ca {
-			return []Stage{Retired}
-		}
+		return when(ca, Retired)
 	case IssuerCert, IssuerKey:
+		return when(ca, Trusted, Switched, Retired)
+	case LeafCert, Kubeconfig:
 		if ca {
-			return []Stage{Trusted, Switched, Retired}
+			return []Stage{Switched, Retired} // retired: without the cross certificate, and without the old root
 		}
-	case LeafCert:
-		if ca {
-			return []Stage{Switched, Retired} // retired: without the cross certificate
-		}
-		if leaf {
-			return []Stage{Switched}
-		}
-	case LeafKey, KubeletPair:
-		if leaf {
-			return []Stage{Switched}
-		}
-	case Kubeconfig:
-		if ca {
-			return []Stage{Switched, Retired}
-		}
-		if leaf {
-			return []Stage{Switched}
-		}
+		return when(l.reissues(s, f), Switched)
+	case LeafKey, SelfCert, KubeletPair:
+		return when(l.reissues(s, f), Switched)
 	case TokenKey:
-		if s.Tokens {
-			return []Stage{Switched}
-		}
+		return when(s.Tokens, Switched)
 	case TokenPublic:
-		if s.Tokens {
-			return []Stage{Trusted, Retired}
-		}
+		return when(s.Tokens, Trusted, Retired)
+	case LeafTokenKey: // without new token keys, the new certificate is for the present key
+		return when(s.Tokens, Trusted, Switched, Retired)
 	}
 	return nil
 }
 
 // changes reports whether the file differs at the stage from the one before.
-func (s Scope) changes(f File, at Stage) bool {
-	for _, st := range s.stages(f) {
-		if st == at {
-			return true
-		}
-	}
-	return false
-}
+func (l Layout) changes(s Scope, f File, at Stage) bool { return slices.Contains(l.stages(s, f), at) }
 
 // restarts returns the components that must restart at a stage, on a machine:
 // those that read at their start a file that changed, or whose flags change.
@@ -154,20 +161,26 @@ func (l Layout) restarts(s Scope, at Stage, master bool) []Component {
 		if c.On == Masters && !master {
 			continue
 		}
-		if s.restart(l, c, at) {
+		if l.restart(s, c, at) {
 			out = append(out, c)
 		}
 	}
 	return out
 }
 
-func (s Scope) restart(l Layout, c Component, at Stage) bool {
+func (l Layout) restart(s Scope, c Component, at Stage) bool {
 	if len(c.Issuer) > 0 && s.Cluster && (at == Trusted || at == Retired) {
 		return true // its flags change
 	}
+	if c.Signs != "" && at == Switched && l.changes(s, l.file(c.Signs), at) {
+		return true
+	}
 	for _, path := range c.Once {
 		f := l.file(path)
-		if !s.changes(f, at) || f.Holds == Roots && at != Retired {
+		switch {
+		case !l.changes(s, f, at),
+			f.Holds == Roots && at != Retired,
+			f.Holds == LeafCert && at == Retired: // which only loses the cross certificate
 			continue
 		}
 		return true

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -39,11 +41,11 @@ func (e *Engine) step(s Step) journal.Step {
 		args := e.placements(s.Node, s.Paths, s.Stage)
 		out.Check = func(ctx context.Context) (bool, error) { return e.placed(ctx, s.Node, args) }
 		out.Do = func(ctx context.Context) error { return e.place(ctx, s, args) }
-		out.Undo = func(ctx context.Context) error { return e.place(ctx, s, e.placements(s.Node, s.Paths, s.Stage-1)) }
+		out.Undo = func(ctx context.Context) error { return e.place(ctx, s, e.placements(s.Node, s.Paths, s.before())) }
 	case Restart:
 		out.Check = func(ctx context.Context) (bool, error) { return e.restarted(ctx, s, s.Stage) }
 		out.Do = func(ctx context.Context) error { return e.restart(ctx, s, s.Stage) }
-		out.Undo = func(ctx context.Context) error { return e.restart(ctx, s, s.Stage-1) }
+		out.Undo = func(ctx context.Context) error { return e.restart(ctx, s, s.before()) }
 	default:
 		e.apiStep(s, &out)
 	}
@@ -53,16 +55,28 @@ func (e *Engine) step(s Step) journal.Step {
 // apiStep is step for what is done at the API.
 func (e *Engine) apiStep(s Step, out *journal.Step) {
 	switch s.Verb {
+	case CopyToEtcd:
+		out.Do = func(ctx context.Context) error { return e.copyToEtcd(ctx, s.Stage) }
+		out.Undo = func(ctx context.Context) error { return e.copyToEtcd(ctx, s.before()) }
+	case SaveProfile:
+		out.Do = func(ctx context.Context) error { return e.SaveProfile(ctx, e.newProfile()) }
+		out.Undo = func(ctx context.Context) error { return e.SaveProfile(ctx, e.material.Profile) }
 	case Objects:
 		out.Do = func(ctx context.Context) error { return e.objects(ctx, s.Stage) }
-		out.Undo = func(ctx context.Context) error { return e.objects(ctx, s.Stage-1) }
+		out.Undo = func(ctx context.Context) error { return e.objects(ctx, s.before()) }
+	case EtcdUp:
+		out.Do = e.etcdUp
+	case APIUp:
+		out.Do = e.apiUp
 	case Canary:
-		out.Do = e.canary
+		out.Do = e.gate(e.canary)
 	case Served:
 		out.Do = e.served
+	case Reach:
+		out.Do = e.gate(e.reachKubelets)
 	case AllReady:
-		out.Do = e.allReady
-		out.Undo = e.allReady
+		out.Do = e.gate(e.allReady)
+		out.Undo = e.gate(e.allReady)
 	case Tokens:
 		// On the way back, tokens are renewed when the old key signs again and before
 		// the new one is refused: that is where this step stands in the phase trust.
@@ -70,7 +84,7 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 			out.Do, out.Undo = func(context.Context) error { return nil }, e.tokensBack
 		}
 	case Published:
-		out.Do = func(ctx context.Context) error { return e.published(ctx, s.Stage) }
+		out.Do = e.gate(func(ctx context.Context) error { return e.published(ctx, s.Stage) })
 	case Unused:
 		out.Do = e.unused
 	case Refused:
@@ -115,24 +129,17 @@ func (e *Engine) make(ctx context.Context) error {
 	if e.material != nil {
 		return nil
 	}
-	first := e.Observed.masters()[0]
-	roots, keys := map[Authority][]byte{}, map[Authority][]byte{}
-	for _, a := range e.Layout.authorities() {
-		key, err := e.read(ctx, first.Name, e.Layout.rootKey(a))
-		if err != nil {
-			return err
-		}
-		roots[a], keys[a] = first.Files[e.Layout.rootFile(a)].Content, key
+	was, err := e.present(ctx)
+	if err != nil {
+		return err
 	}
-	public := first.Files[e.Layout.find(TokenPublic, "")].Content
-	m, err := makeMaterial(e.Plan.Scope, roots, keys, public, e.Now())
+	m, err := makeMaterial(e.Layout, e.Plan.Scope, was, e.Now())
 	if err != nil {
 		return fault.New(fault.Invalid, "BadCA", "The present CAs cannot be succeeded: %s.", err)
 	}
-	if m.Tokens != nil {
-		if m.Tokens.OldKey, err = e.read(ctx, first.Name, e.Layout.find(TokenKey, "")); err != nil {
-			return err
-		}
+	m.Profile = e.Profile
+	if m.Copies, err = e.copies(ctx); err != nil {
+		return err
 	}
 	plain, err := json.Marshal(m)
 	if err != nil {
@@ -149,15 +156,52 @@ func (e *Engine) make(ctx context.Context) error {
 	return nil
 }
 
+// present reads on the first master what the new material follows from.
+func (e *Engine) present(ctx context.Context) (present, error) {
+	l, first := e.Layout, e.Observed.masters()[0]
+	was := present{
+		roots: map[Authority][]byte{}, keys: map[Authority][]byte{}, holders: map[Authority]Pair{},
+		shared: map[string]*x509.Certificate{}, sharedKeys: map[string][]byte{}, given: e.Given, apart: e.Plan.Scope.Apart,
+	}
+	var err error
+	read := func(path string) (text []byte) {
+		if err == nil {
+			text, err = e.read(ctx, first.Name, path)
+		}
+		return text
+	}
+	for _, a := range e.Observed.authorities() {
+		was.roots[a] = first.Files[l.rootFile(a)].Content
+		if key := l.rootKey(a); key != "" {
+			was.keys[a] = read(key)
+		} else if f := l.leafOf(a); f.Path != "" {
+			was.holders[a] = Pair{first.Files[f.Path].Content, read(l.keyOf(f.Path).Path)}
+		}
+	}
+	was.tokenPublic = first.Files[l.find(TokenPublic, "")].Content
+	was.tokenKey = read(l.tokenKeyFile())
+	if err != nil {
+		return was, err
+	}
+	wants, err := l.keysOf(e.Plan.Scope, first, true)
+	for _, w := range wants {
+		was.shared[w.file.Path] = w.like
+		if w.file.Holds == LeafTokenKey && !e.Plan.Scope.Tokens {
+			was.sharedKeys[w.file.Path] = was.tokenKey
+		}
+	}
+	return was, err
+}
+
 // read returns a file with a secret, for our memory alone.
 func (e *Engine) read(ctx context.Context, node, path string) ([]byte, error) {
-	return e.Hosts[node].Run(ctx, Script{Name: "read " + path, Text: `cat "$1"`, Args: []string{path}, Quiet: true})
+	return readFile(ctx, e.Hosts[node], path)
 }
 
 // stage makes keys on a machine, issues certificates for them, and sends the trees.
 func (e *Engine) stage(ctx context.Context, node string) error {
 	m := e.Observed.machine(node)
-	wants, err := e.Layout.keysOf(e.Plan.Scope, m)
+	wants, err := e.Layout.keysOf(e.Plan.Scope, m, false)
 	if err != nil {
 		return err
 	}
@@ -253,12 +297,15 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 			}
 			files = append(files, c.Pod)
 		}
+		if s.Whole && name != "kubelet" { // which starts the others when it can
+			continue
+		}
 		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: startedScript, Args: append([]string{name}, files...), Quiet: true})
 		if err != nil || strings.TrimSpace(string(out)) != "yes" {
 			return false, err
 		}
 	}
-	if slices.Contains(s.Components, "kube-apiserver") {
+	if slices.Contains(s.Components, "kube-apiserver") && !s.Whole {
 		api, err := e.api(s.Node)
 		if err != nil {
 			return false, err
@@ -271,7 +318,8 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 // restart restarts components of a machine so that they run as at the stage.
 func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 	m := e.Observed.machine(s.Node)
-	if c := e.Layout.component(s.Components[0]); c.Unit != "" {
+	if len(s.Components) == 1 && s.Components[0] == "kubelet" {
+		c := e.Layout.component("kubelet")
 		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
 		return err
 	}
@@ -283,17 +331,29 @@ func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 		}
 		neighbour = n
 	}
-	if slices.Contains(s.Components, "etcd") {
+	if slices.Contains(s.Components, "etcd") && !e.Plan.Scope.Apart {
 		if err := until(ctx, 2*time.Minute, func(ctx context.Context) error { return e.leadAway(ctx, m) }); err != nil {
 			return err
 		}
 	}
-	args := []string{m.Address, e.Layout.APIPort}
+	_, port, err := net.SplitHostPort(m.Endpoint)
+	if err != nil {
+		return fmt.Errorf("the address of the API server of %s: %w", m.Name, err)
+	}
+	args := []string{m.Address, port, e.Layout.Login, e.Layout.keyOf(e.Layout.Login).Path}
 	for _, name := range s.Components {
 		c := e.Layout.component(name)
-		args = append(args, name+":"+e.Layout.from(e.Plan.Scope, e.Layout.file(c.Pod), at)+":"+c.Pod)
+		what := "unit:" + c.Unit
+		if c.Pod != "" {
+			what = e.Layout.from(e.Plan.Scope, e.Layout.file(c.Pod), at) + ":" + c.Pod
+		}
+		args = append(args, name+":"+what)
 	}
-	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: restartScript, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
+	text := restartScript
+	if s.Whole {
+		text = afreshScript
+	}
+	_, err = e.change(ctx, s.Node, Script{Name: s.Name(), Text: text, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
 	return err
 }
 
@@ -318,6 +378,46 @@ func (e *Engine) neighbour(ctx context.Context, m Machine) (string, error) {
 		why = errors.Join(why, fmt.Errorf("%s: %w", other.Name, err))
 	}
 	return "", fault.New(fault.Unavailable, "NoNeighbour", "No other API server is ready, so that of %s is not restarted.", m.Name).Because(why)
+}
+
+// etcdUp waits until all members of etcd answer.
+func (e *Engine) etcdUp(ctx context.Context) error {
+	return until(ctx, 5*time.Minute, func(ctx context.Context) error {
+		etcd, err := e.openEtcd(ctx)
+		if err != nil {
+			return err
+		}
+		defer etcd.Close()
+		members, err := etcd.Members(ctx)
+		if err != nil {
+			return err
+		}
+		for _, m := range members {
+			if m.Err != nil {
+				return fault.New(fault.Unavailable, "EtcdMemberDown", "Member %s of etcd does not answer.", m.Name).Because(m.Err).
+					WithFix("look at its log on that machine, then run the same command again")
+			}
+		}
+		return nil
+	})
+}
+
+// apiUp waits until every API server answers.
+func (e *Engine) apiUp(ctx context.Context) error {
+	for _, m := range e.Observed.masters() {
+		err := until(ctx, 5*time.Minute, func(ctx context.Context) error {
+			api, err := e.api(m.Name)
+			if err != nil {
+				return err
+			}
+			return api.Ready(ctx)
+		})
+		if err != nil {
+			return fault.New(fault.Unavailable, "NoAPIServer", "The API server of %s does not answer.", m.Name).Because(err).
+				WithFix("look at its log on that machine (crictl logs, /var/log/pods), then run the same command again")
+		}
+	}
+	return nil
 }
 
 // leadAway makes sure that etcd goes on without the machine: all members answer,

@@ -33,15 +33,22 @@ import (
 	"time"
 )
 
-// LayoutKubeadm is a cluster made by kubeadm: certificates in
-// /etc/kubernetes/pki, etcd and the control plane as static pods.
-const LayoutKubeadm = "kubeadm"
+// Layouts: how a cluster is made, and where its certificates are.
+const (
+	// LayoutKubeadm is a cluster made by kubeadm: certificates in
+	// /etc/kubernetes/pki, etcd and the control plane as static pods.
+	LayoutKubeadm = "kubeadm"
+	// LayoutAKSEngine is a cluster that looks as if aks-engine had made it:
+	// certificates in /etc/kubernetes/certs, one CA, etcd as a systemd unit, the
+	// rest of the control plane as static pods, and an API model beside it.
+	LayoutAKSEngine = "aks-engine"
+)
 
 // Config says what to bring up. The zero value is a kubeadm cluster of three
 // masters and no worker.
 type Config struct {
 	Name    string    // unique on this machine, at most 20 of a-z 0-9 -; empty: the layout's name
-	Layout  string    // [LayoutKubeadm], also when empty
+	Layout  string    // [LayoutKubeadm], also when empty, or [LayoutAKSEngine]
 	Masters int       // 0: three
 	Workers int       // without one the probe pods run on masters
 	Dir     string    // the bed's folder, made by Up, on a disk rather than in memory; empty: beds/NAME in the cache
@@ -72,7 +79,7 @@ type Cluster struct {
 	SSHUser      string `json:"sshUser"`      // may use sudo without a password
 	SSHKey       string `json:"sshKey"`       // path of the private key that opens every node
 	KnownHosts   string `json:"knownHosts"`   // path; knows the loopback port, and every node by name and address
-	Kubeconfig   string `json:"kubeconfig"`   // path of a copy of admin.conf; its server is LoadBalancer
+	Kubeconfig   string `json:"kubeconfig"`   // path of a copy of the administrator's; its server is LoadBalancer
 	APIModel     string `json:"apiModel"`     // path; empty where the layout has none
 	LoadBalancer string `json:"loadBalancer"` // host:port inside the bed's network
 	Nodes        []Node `json:"nodes"`        // masters first
@@ -146,6 +153,14 @@ func (c *Cluster) Node(name string) (Node, error) {
 		}
 	}
 	return Node{}, fmt.Errorf("bed %s has no node %q", c.Name, name)
+}
+
+// adminKubeconfig is the path of the administrator's kubeconfig on a master.
+func (c *Cluster) adminKubeconfig() string {
+	if c.Layout == LayoutAKSEngine {
+		return "/home/" + c.SSHUser + "/.kube/config"
+	}
+	return "/etc/kubernetes/admin.conf"
 }
 
 // save writes cluster.json: from then on the folder opens.

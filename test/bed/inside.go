@@ -108,7 +108,7 @@ func (c *Cluster) command(ctx context.Context, node, script string) (*exec.Cmd, 
 	}
 	args := entered("", groups, "nsenter", "--target", strconv.Itoa(leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd",
 		"--", "env", "-i", "HOME=/root", "LANG=C.UTF-8", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-		"KUBECONFIG=/etc/kubernetes/admin.conf", "bash", "-c", script)
+		"KUBECONFIG="+c.adminKubeconfig(), "bash", "-c", script)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) } // nsenter and what it runs
@@ -128,6 +128,26 @@ func execGroups(bed, node string) ([]string, error) {
 		groups = append(groups, filepath.Join(top, groupOf(bed), node))
 	}
 	return groups, nil
+}
+
+// place writes a file to the machine's disk, from a template.
+func (b *builder) place(n Node, path, template string, s scene) error {
+	text, err := render(template, s)
+	if err != nil {
+		return err
+	}
+	return b.put(n, path, text, 0o644)
+}
+
+// put writes a file to the machine's disk. The machine is running, and what is
+// written to an overlay's layers behind its back it need not see: so it goes
+// through the machine's own root.
+func (b *builder) put(n Node, path, text string, mode os.FileMode) error {
+	leader, err := b.leader(n.Name)
+	if err != nil {
+		return err
+	}
+	return writeFile(filepath.Join(fmt.Sprintf("/proc/%d/root", leader), path), text, mode)
 }
 
 // StepError is a step that failed on one machine.

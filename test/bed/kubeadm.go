@@ -8,7 +8,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
-	"path/filepath"
 	"time"
 )
 
@@ -49,17 +48,6 @@ func (b *builder) kubeadmInit(ctx context.Context, s scene) error {
 	}
 	// The add-ons are kube-proxy and CoreDNS, which have no part in a rotation.
 	return b.run(ctx, s.Node.Name, "kubeadm init", "kubeadm init --config /etc/kubeadm.yaml --upload-certs --skip-phases=addon -v=1")
-}
-
-// place writes a file to the machine's disk. The machine is running, and what is
-// written to an overlay's layers behind its back it need not see: so it goes
-// through the machine's own root.
-func (b *builder) place(n Node, path, template string, s scene) error {
-	leader, err := b.leader(n.Name)
-	if err != nil {
-		return err
-	}
-	return renderTo(filepath.Join(fmt.Sprintf("/proc/%d/root", leader), path), template, s)
 }
 
 // readCA is how a machine that joins knows the cluster. A machine could also ask
@@ -104,7 +92,7 @@ func (b *builder) joinAll(ctx context.Context, s scene) error {
 }
 
 func (b *builder) copyKubeconfig(ctx context.Context) error {
-	text, err := b.Exec(ctx, b.Nodes[0].Name, "cat /etc/kubernetes/admin.conf")
+	text, err := b.Exec(ctx, b.Nodes[0].Name, "cat "+b.adminKubeconfig())
 	if err != nil {
 		return fmt.Errorf("copying the kubeconfig: %w", err)
 	}
@@ -115,7 +103,6 @@ func (b *builder) copyKubeconfig(ctx context.Context) error {
 // master and the probe pods run.
 func (b *builder) awaitCluster(ctx context.Context, s scene) error {
 	const within = 3 * time.Minute
-	const parts = 4 // pods of a master: etcd, API server, controller manager, scheduler
 	first := s.First.Name
 	err := b.until(ctx, within, first, "nodes become ready", allReady("nodes", len(b.Nodes)))
 	if err != nil {
@@ -128,7 +115,7 @@ func (b *builder) awaitCluster(ctx context.Context, s scene) error {
 	if err := b.until(ctx, within, first, "probe pods are made", "kubectl apply -f /etc/kubernetes/probe.yaml"); err != nil {
 		return err
 	}
-	err = b.until(ctx, within, first, "control plane pods become ready", allReady("pods --namespace=kube-system", parts*len(s.Masters)))
+	err = b.until(ctx, within, first, "control plane pods become ready", allReady("pods --namespace=kube-system", b.staticPods*len(s.Masters)))
 	if err != nil {
 		return err
 	}

@@ -34,9 +34,10 @@ var templates embed.FS
 // builder brings one bed up. It is the Cluster to be, with what only Up needs.
 type builder struct {
 	*Cluster
-	cache   *Cache
-	bring   func(context.Context) error // the layout's own part, once the machines run
-	started time.Time
+	cache      *Cache
+	bring      func(context.Context) error // the layout's own part, once the machines run
+	staticPods int                         // of a master: API server, controller manager, scheduler, and etcd unless it is a unit
+	started    time.Time
 
 	mu  sync.Mutex // guards log: machines report at the same time
 	log io.Writer
@@ -57,9 +58,11 @@ func plan(cfg Config, cache *Cache) (*builder, error) {
 	}
 	switch c.Layout {
 	case LayoutKubeadm:
-		b.bring = b.bringKubeadm
+		b.bring, b.staticPods = b.bringKubeadm, 4
+	case LayoutAKSEngine:
+		b.bring, b.staticPods = b.bringAKSEngine, 3
 	default:
-		return nil, fmt.Errorf("there is no layout %q: take %s", c.Layout, LayoutKubeadm)
+		return nil, fmt.Errorf("there is no layout %q: take %s or %s", c.Layout, LayoutKubeadm, LayoutAKSEngine)
 	}
 	if c.Name == "" {
 		c.Name = c.Layout
@@ -79,6 +82,9 @@ func plan(cfg Config, cache *Cache) (*builder, error) {
 	}
 	c.Dir = dir
 	c.SSHKey, c.KnownHosts, c.Kubeconfig = b.path("id"), b.path("known_hosts"), b.path("kubeconfig")
+	if c.Layout == LayoutAKSEngine {
+		c.APIModel = b.path("apimodel.json")
+	}
 	c.Nodes, err = nodes(cfg)
 	return b, err
 }
@@ -190,6 +196,7 @@ type scene struct {
 	Token          string
 	CertificateKey string
 	CA             string // certificate of the cluster's CA, as kubeconfigs hold it
+	AKS            aksFacts
 }
 
 func (b *builder) scene(n Node) scene {

@@ -53,6 +53,34 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+// TestPlanOfLayouts: what a layout decides before anything is made.
+func TestPlanOfLayouts(t *testing.T) {
+	cache, err := OpenCache()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []struct {
+		layout, name, model, admin string
+		pods                       int
+	}{
+		{"", "kubeadm", "", "/etc/kubernetes/admin.conf", 4},
+		{LayoutKubeadm, "kubeadm", "", "/etc/kubernetes/admin.conf", 4},
+		{LayoutAKSEngine, "aks-engine", "apimodel.json", "/home/azureuser/.kube/config", 3},
+	} {
+		b, err := plan(Config{Layout: want.layout}, cache)
+		if err != nil {
+			t.Fatal(err)
+		}
+		model := ""
+		if want.model != "" {
+			model = filepath.Join(b.Dir, want.model)
+		}
+		if b.Name != want.name || b.APIModel != model || b.adminKubeconfig() != want.admin || b.staticPods != want.pods || b.bring == nil {
+			t.Errorf("layout %q: bed %s, API model %q, kubeconfig %s, %d static pods; want %+v", want.layout, b.Name, b.APIModel, b.adminKubeconfig(), b.staticPods, want)
+		}
+	}
+}
+
 // TestTemplates fills every template; text/template finds a wrong name only then.
 func TestTemplates(t *testing.T) {
 	cache, err := OpenCache()

@@ -35,6 +35,7 @@ type cluster struct {
 	door  string   // host:port of the SSH host, as this machine reaches it
 	known string   // file of known host keys
 	env   []string // more of the program's environment
+	flags []string // that every call needs in this layout
 }
 
 // in is the same cluster in a part of the test.
@@ -51,8 +52,14 @@ func (c *cluster) elsewhere() *cluster {
 	return &d
 }
 
-// up brings a bed up, which ends with the test. tags are those of the program.
+// up brings a kubeadm bed up, which ends with the test. tags are those of the program.
 func up(t *testing.T, masters, workers int, tags string) *cluster {
+	t.Helper()
+	return upAs(t, bed.LayoutKubeadm, masters, workers, tags)
+}
+
+// upAs brings a bed of a layout up.
+func upAs(t *testing.T, layout string, masters, workers int, tags string) *cluster {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("SHORT: a cluster takes minutes")
@@ -70,7 +77,7 @@ func up(t *testing.T, masters, workers int, tags string) *cluster {
 	bin := stack.Build(t, tags)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
-	c, err := bed.Up(ctx, bed.Config{Name: fmt.Sprintf("rot-%d", os.Getpid()%100000), Masters: masters, Workers: workers, Log: logTo{t}})
+	c, err := bed.Up(ctx, bed.Config{Name: fmt.Sprintf("rot-%d", os.Getpid()%100000), Layout: layout, Masters: masters, Workers: workers, Log: logTo{t}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +89,14 @@ func up(t *testing.T, masters, workers int, tags string) *cluster {
 		}
 	})
 	door := net.JoinHostPort(c.SSHHost, fmt.Sprint(c.SSHPort))
-	return &cluster{Cluster: c, t: t, bin: filepath.Join(bin, "keyfleet"), dir: t.TempDir(), door: door, known: c.KnownHosts}
+	out := &cluster{Cluster: c, t: t, bin: filepath.Join(bin, "keyfleet"), dir: t.TempDir(), door: door, known: c.KnownHosts}
+	if c.APIModel != "" { // as in the example of aks-engine's page
+		out.flags = []string{
+			"--api-model", c.APIModel, "--location", "local", "--resource-group", "bed", "--subscription-id", "12345678-XXXX-YYYY-ZZZZ-1234567890ab",
+			"--client-id", "12345678-XXXX-YYYY-ZZZZ-1234567890ab", "--client-secret", "12345678-XXXX-YYYY-ZZZZ-1234567890ab", "--azure-env", "AzureStackCloud",
+		}
+	}
+	return out
 }
 
 // logTo writes lines into the test's log.
@@ -113,7 +127,7 @@ func (c *cluster) shWithin(limit time.Duration, node, script string) string {
 // admin reads the administrator's kubeconfig as it is now.
 func (c *cluster) admin() *login {
 	c.t.Helper()
-	l, err := readLogin([]byte(c.sh("master-0", "cat /etc/kubernetes/admin.conf")))
+	l, err := readLogin([]byte(c.sh("master-0", `cat "$KUBECONFIG"`)))
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -139,6 +153,9 @@ func (c *cluster) begin() *probes {
 func (c *cluster) keys(node string) map[string]string {
 	out := map[string]string{}
 	script := `cd /etc/kubernetes; find pki -type f -name '*.crt' -o -name 'sa.pub' | sort | xargs sha256sum; sha256sum *.conf /var/lib/kubelet/pki/kubelet-client-current.pem`
+	if c.Layout == bed.LayoutAKSEngine {
+		script = `cd /etc/kubernetes/certs; sha256sum *.crt *.key /var/lib/kubelet/pki/kubelet-client-current.pem; [ ! -e /home/azureuser/.kube/config ] || sha256sum /home/azureuser/.kube/config`
+	}
 	for _, line := range strings.Split(strings.TrimSpace(c.sh(node, script)), "\n") {
 		sum, file, _ := strings.Cut(line, "  ")
 		out[file] = sum
@@ -163,7 +180,7 @@ func (c *cluster) adminChanged(old *login) {
 	if err := p.ready(ctx, p.client(lb), lb); err == nil {
 		c.t.Error("who trusts only the old CA still accepts the API server")
 	}
-	if out := c.sh("master-0", "kubectl --kubeconfig /etc/kubernetes/admin.conf get nodes --no-headers"); strings.Count(out, " Ready ") != len(c.Nodes) {
+	if out := c.sh("master-0", "kubectl get nodes --no-headers"); strings.Count(out, " Ready ") != len(c.Nodes) {
 		c.t.Errorf("nodes afterwards:\n%s", out)
 	}
 }

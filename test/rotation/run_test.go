@@ -44,6 +44,7 @@ func (c *cluster) start(at func(line string), args ...string) *run {
 	cmd := exec.CommandContext(ctx, c.bin, append([]string{"rotate-certs"}, args...)...)
 	cmd.Args = append(cmd.Args, "--ssh-host", "ssh://"+c.SSHUser+"@"+c.door,
 		"--linux-ssh-private-key", c.SSHKey, "--known-hosts", c.known, "--run-dir", c.dir)
+	cmd.Args = append(cmd.Args, c.flags...)
 	cmd.Env = append(os.Environ(), c.env...)
 	out, in := io.Pipe()
 	cmd.Stdout, cmd.Stderr = in, in
@@ -192,6 +193,7 @@ func (c *cluster) plan() rotation.Plan {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, c.bin, "rotate-certs", "plan", "-o", "json", "--ssh-host", "ssh://"+c.SSHUser+"@"+c.door,
 		"--linux-ssh-private-key", c.SSHKey, "--known-hosts", c.known, "--run-dir", c.dir)
+	cmd.Args = append(cmd.Args, c.flags...)
 	cmd.Stdout, cmd.Stderr = &text, os.Stderr
 	if err := cmd.Run(); err != nil {
 		c.t.Fatalf("planning: %v", err)

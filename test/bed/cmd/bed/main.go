@@ -23,7 +23,7 @@ const usage = `Usage, as root, anywhere in the project:
   bed up [-layout L] [-name N] [-masters 3] [-workers 1] [-dir DIR] [-keep]
   bed down [-layout L] [-name N] [-dir DIR]
 
-Layouts: kubeadm.
+Layouts: kubeadm, aks-engine.
 `
 
 func main() {
