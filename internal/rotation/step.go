@@ -45,7 +45,7 @@ func (e *Engine) step(s Step) journal.Step {
 	case Restart:
 		out.Check = func(ctx context.Context) (bool, error) { return e.restarted(ctx, s, s.Stage) }
 		out.Do = func(ctx context.Context) error { return e.restart(ctx, s, s.Stage) }
-		out.Undo = func(ctx context.Context) error { return e.restart(ctx, s, s.before()) }
+		out.Undo = func(ctx context.Context) error { return e.restartBack(ctx, s) }
 	default:
 		e.apiStep(s, &out)
 	}
@@ -266,10 +266,14 @@ func (e *Engine) placements(node string, paths []string, at Stage) []string {
 	for _, p := range paths {
 		f := e.Layout.file(p)
 		from := e.Layout.from(e.Plan.Scope, f, at)
+		pair := p[:strings.LastIndex(p, "/")+1] + "kubelet-client-" + e.Plan.Run + ".pem"
 		if f.Holds == KubeletPair && from == Switched.String() { // what the link leads to comes first
-			out = append(out, from+":"+p[:strings.LastIndex(p, "/")]+"/kubelet-client-"+e.Plan.Run+".pem")
+			out = append(out, from+":"+pair)
 		}
 		out = append(out, from+":"+p)
+		if f.Holds == KubeletPair && from == Old.String() { // and goes last
+			out = append(out, "absent:"+pair)
+		}
 	}
 	return out
 }
@@ -355,6 +359,31 @@ func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 	}
 	_, err = e.change(ctx, s.Node, Script{Name: s.Name(), Text: text, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
 	return err
+}
+
+// restartBack restarts components so that they run as before the step. The files
+// that were placed for it go back first, since they are read when it starts: the
+// steps that placed them are undone after this one.
+func (e *Engine) restartBack(ctx context.Context, s Step) error {
+	var paths []string
+	for _, q := range e.Plan.Steps {
+		if q.Name() == s.Name() {
+			break
+		}
+		switch {
+		case q.Node != s.Node || q.Phase != s.Phase:
+		case q.Verb == Restart:
+			paths = nil
+		case q.Verb == Place:
+			paths = append(paths, q.Paths...)
+		}
+	}
+	if len(paths) > 0 {
+		if err := e.place(ctx, s, e.placements(s.Node, paths, s.before())); err != nil {
+			return err
+		}
+	}
+	return e.restart(ctx, s, s.before())
 }
 
 // unit names the unit of systemd that a step runs as.

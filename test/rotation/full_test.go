@@ -44,7 +44,7 @@ func (c *cluster) measure() (figures, error) {
 	}, "--restart-pods")
 	f.took = time.Since(began)
 	f.end()
-	c.t.Logf("rotated in %s\n%s", f.took.Round(time.Second), f)
+	c.t.Logf("rotated in %s from %s on\n%s", f.took.Round(time.Second), began.Format("15:04:05.0"), f)
 	return f, err
 }
 
