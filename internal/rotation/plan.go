@@ -197,8 +197,9 @@ func fit(o Observation, s Scope) error {
 		}
 		for _, f := range o.Layout.of(m.Master) {
 			if s.Cluster && f.Holds == Manifest && strings.Contains(string(m.Files[f.Path].Content), "--kubelet-certificate-authority=") {
-				return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the serving certificates of kubelets, which this version does not renew: logs and exec would fail when the old CA retires.", m.Name).
-					WithFix("leave the cluster CA out with --only, or take --kubelet-certificate-authority out of %s for the rotation", f.Path)
+				if err := kubeletsVerified(o, s, m); err != nil {
+					return err
+				}
 			}
 			if m.Files[f.Path].Absent && !f.Optional && !f.Added {
 				return fault.New(fault.Precondition, "MissingFile", "%s has no %s, which the layout %s has.", m.Name, f.Path, o.Layout.Name).
@@ -208,6 +209,23 @@ func fit(o Observation, s Scope) error {
 				return fault.New(fault.Conflict, "UnfinishedRotation", "%s has %s, which only a rotation under way has.", m.Name, f.Path).
 					WithFix("finish or roll back that rotation: keyfleet rotate-certs status")
 			}
+		}
+	}
+	return nil
+}
+
+// kubeletsVerified refuses a rotation of the cluster CA where an API server verifies
+// the certificates of kubelets, and would not follow: it reads the CA for that
+// only when it starts.
+func kubeletsVerified(o Observation, s Scope, master Machine) error {
+	if !s.Apart && !s.Etcd && !s.Tokens {
+		return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the certificates of kubelets, and would not restart when the old CA retires: logs and exec would fail.", master.Name).
+			WithFix("rotate the keys of service accounts with it (--only cluster-ca,service-account-keys), or everything")
+	}
+	for _, m := range o.Machines {
+		if !slices.ContainsFunc(o.Layout.of(m.Master), func(f File) bool { return f.Served && !m.Files[f.Path].Absent }) {
+			return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the certificates of kubelets, and that of %s has none that we know how to renew.", master.Name, m.Name).
+				WithFix("let its kubelet ask for one (serverTLSBootstrap), or take --kubelet-certificate-authority out for the rotation")
 		}
 	}
 	return nil

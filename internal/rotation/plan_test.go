@@ -227,7 +227,8 @@ func TestPlanRefuses(t *testing.T) {
 		{"a rotation under way", func(o *Observation) {
 			o.Machines[0].Files["/etc/kubernetes/pki/ca-issuing.crt"] = FileState{}
 		}, "UnfinishedRotation"},
-		{"kubelets that are verified", func(o *Observation) {
+		{"kubelets that are verified, of which one has a certificate of its own making", func(o *Observation) {
+			o.Machines[3].Files["/var/lib/kubelet/pki/kubelet-server-current.pem"] = FileState{Absent: true}
 			o.Machines[0].Files["/etc/kubernetes/manifests/kube-apiserver.yaml"] = FileState{Content: []byte("    - --kubelet-certificate-authority=/etc/kubernetes/pki/ca.crt\n")}
 		}, "KubeletsVerified"},
 		{"no masters", func(o *Observation) { o.Machines = o.Machines[3:] }, "NoMasters"},

@@ -266,7 +266,7 @@ func (e *Engine) placements(node string, paths []string, at Stage) []string {
 	for _, p := range paths {
 		f := e.Layout.file(p)
 		from := e.Layout.from(e.Plan.Scope, f, at)
-		pair := p[:strings.LastIndex(p, "/")+1] + "kubelet-client-" + e.Plan.Run + ".pem"
+		pair := dated(p, e.Plan.Run)
 		if f.Holds == KubeletPair && from == Switched.String() { // what the link leads to comes first
 			out = append(out, from+":"+pair)
 		}
