@@ -49,7 +49,7 @@ for arg; do
   case $how in
   plain) content=$(base64 -w0 <"$p") ;;
   cert) content=$(openssl x509 -in "$p" | base64 -w0) ;;
-  config) content=$(sed 's/\(client-key-data\|token\|password\):.*/\1: ""/' "$p" | base64 -w0) ;;
+  config) content=$(sed 's/\("\{0,1\}\(client-key-data\|token\|password\)"\{0,1\}\) *: *"\{0,1\}[^",} ]*"\{0,1\}/\1: ""/g' "$p" | base64 -w0) ;; # YAML or JSON
   *) content= ;;
   esac
   echo "$p|$type|$meta|$link|$changed|$sum|$content|"
