@@ -153,6 +153,9 @@ func MakePlan(o Observation, s Scope, run string) (Plan, error) {
 		b.recover()
 	} else {
 		b.drain()
+		if s.Cluster && !o.audited() {
+			b.warn("The API servers keep no audit log: clients with certificates of the old CA are not seen, only pods with old tokens.")
+		}
 		b.trust()
 		b.change()
 		b.retire()

@@ -207,7 +207,7 @@ func TestOneMasterAtATimeWithoutNeighbour(t *testing.T) {
 	o := threeMasters(t)
 	o.Machines[1].Facts.Tools = []string{"openssl", "sha256sum", "base64", "tar", "curl"}
 	p, err := MakePlan(o, Everything(), "run1")
-	if err != nil || p.Drain || len(p.Warnings) != 1 || !strings.Contains(p.Impact, "up to 60 s") {
+	if err != nil || p.Drain || len(p.Warnings) != 2 || !strings.Contains(p.Impact, "up to 60 s") {
 		t.Errorf("without iptables on master-1: drain %t, impact %q, warnings %q, %v", p.Drain, p.Impact, p.Warnings, err)
 	}
 }

@@ -281,6 +281,15 @@ const unitScript = fenceInput + `
 systemctl restart "$1"
 `
 
+// auditScript tells who was seen last with which certificate, at the end of an
+// audit log: HASH|USER|TIME. The order of fields is that of the API server.
+const auditScript = `
+[ -r "$1" ] || exit 0
+tail -c 33554432 "$1" | grep -F X509SHA256= |
+sed -n 's/.*"user":{"username":"\([^"|]*\)".*X509SHA256=\([0-9a-f]*\).*"requestReceivedTimestamp":"\([^"]*\)".*/\2|\1|\3/p' |
+awk -F'|' '{last[$1 "|" $2] = $3} END {for (k in last) print k "|" last[k]}'
+`
+
 // afreshScript stops the kubelet and all that it and systemd run of a control plane,
 // and starts it from new manifests. Arguments are those of restartScript.
 //

@@ -31,6 +31,8 @@ func (c *cluster) measure() (figures, error) {
 		switch {
 		case strings.HasPrefix(line, "Expected unavailability of the API: "):
 			f.impact = strings.TrimPrefix(line, "Expected unavailability of the API: ")
+		case strings.Contains(line, "kubernetes-admin (a client certificate)"): // that is us
+			f.login.Store(c.admin())
 		case strings.Contains(line, "point of no return ----") && !strings.Contains(line, "until here"):
 			f.login.Store(c.admin())
 		}
