@@ -92,6 +92,15 @@ func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 // that were placed for it go back first, since they are read when it starts: the
 // steps that placed them are undone after this one.
 func (e *Engine) restartBack(ctx context.Context, s Step) error {
+	read := map[string]bool{}
+	for _, name := range s.Components {
+		c := e.Layout.component(name)
+		for _, p := range append(slices.Clone(c.Once), c.Signs) {
+			if p != "" {
+				read[p], read[e.Layout.keyOf(p).Path] = true, true
+			}
+		}
+	}
 	var paths []string
 	for _, q := range e.Plan.Steps {
 		if q.Name() == s.Name() {
@@ -99,8 +108,8 @@ func (e *Engine) restartBack(ctx context.Context, s Step) error {
 		}
 		switch {
 		case q.Node != s.Node || q.Phase != s.Phase:
-		case q.Verb == Restart:
-			paths = nil
+		case q.Verb == Restart: // what was placed for that one, too, stays if we do not read it
+			paths = slices.DeleteFunc(paths, func(p string) bool { return !read[p] })
 		case q.Verb == Place:
 			paths = append(paths, q.Paths...)
 		}

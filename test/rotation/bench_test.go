@@ -195,26 +195,3 @@ for name in etcd kube-apiserver kube-controller-manager kube-scheduler; do
   i=0
   while [ -z "$(pid_of $name)" ] && [ $i -lt 150 ]; do i=$((i+1)); sleep 0.2; done
 done`
-
-// heardAgain waits until so many nodes are ready and their kubelets have been heard
-// of since this call: what the API knew from before counts for nothing.
-func (c *cluster) heardAgain(n int) {
-	c.t.Helper()
-	const leases = `timeout 20 kubectl -n kube-node-lease get leases -o 'jsonpath={range .items[*]}{.spec.renewTime}{"\n"}{end}' 2>/dev/null || true`
-	for since, end := time.Now(), time.Now().Add(10*time.Minute); ; {
-		heard := 0
-		for _, line := range strings.Fields(c.sh("master-0", leases)) {
-			if at, err := time.Parse(time.RFC3339, line); err == nil && at.After(since) {
-				heard++
-			}
-		}
-		out := c.sh("master-0", "timeout 20 kubectl get nodes --no-headers 2>&1 || true")
-		if heard >= n && strings.Count(out, " Ready ") >= n {
-			return
-		}
-		if time.Now().After(end) {
-			c.t.Fatalf("%d nodes were heard of again:\n%s", heard, out)
-		}
-		time.Sleep(time.Second)
-	}
-}

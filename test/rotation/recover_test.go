@@ -55,8 +55,8 @@ func (c *cluster) endLeaves() {
 				path := pkiDir + file + ".crt"
 				c.write(n.Name, path, c.ended(n.Name, ca, c.certificate(n.Name, "cat "+path)))
 			}
-			for _, config := range []string{"admin", "super-admin", "controller-manager", "scheduler"} {
-				c.endKubeconfig(n.Name, "/etc/kubernetes/"+config+".conf")
+			for _, path := range strings.Fields(c.sh(n.Name, "grep -l client-certificate-data /etc/kubernetes/*.conf")) {
+				c.endKubeconfig(n.Name, path)
 			}
 		}
 		const pair = "/var/lib/kubelet/pki/kubelet-client-current.pem"

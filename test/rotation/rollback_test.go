@@ -79,6 +79,7 @@ func (c *cluster) rollsBackFrom(t *testing.T, phase rotation.Phase) {
 		t.Errorf("the journal says %+v", s)
 	}
 	c.asBefore(t, before)
+	c.runsWhatIsThere(t)
 	c.worksFor(t, old)
 	if now := c.roots(t); !maps.Equal(now, told) {
 		t.Errorf("clients are told of other CAs than before:\n%v\n%v", told, now)
