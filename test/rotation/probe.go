@@ -95,8 +95,9 @@ type probes struct {
 
 	mu       sync.Mutex // guards what follows
 	outcomes map[string]*outcome
-	written  int   // values that were tried
-	wrote    []int // those that an API server confirmed
+	late     time.Duration // by which this machine let the probes wait at most
+	written  int           // values that were tried
+	wrote    []int         // those that an API server confirmed
 	seen     []int
 	rewatch  int
 
@@ -123,7 +124,21 @@ func begin(dial func(ctx context.Context, network, address string) (net.Conn, er
 	}
 	p.done.Go(func() { p.every(ctx, 200*time.Millisecond, targets[0], p.write) })
 	p.done.Go(func() { p.watch(ctx, targets[0]) })
+	p.done.Go(func() { p.lag(ctx) })
 	return p
+}
+
+// lag measures how late this machine is with what is due: what fails while it
+// stands still tells nothing about the cluster.
+func (p *probes) lag(ctx context.Context) {
+	const nap = 50 * time.Millisecond
+	for ctx.Err() == nil {
+		due := time.Now().Add(nap)
+		time.Sleep(nap)
+		p.mu.Lock()
+		p.late = max(p.late, time.Since(due))
+		p.mu.Unlock()
+	}
 }
 
 // end stops the probes and waits for them. A target that has not answered until
@@ -334,5 +349,6 @@ func (p *probes) String() string {
 		}
 	}
 	fmt.Fprintf(&b, "watch          %d writes, opened again %d times\n", p.written, p.rewatch)
+	fmt.Fprintf(&b, "this machine   was late by up to %.2f s\n", p.late.Seconds())
 	return b.String()
 }
