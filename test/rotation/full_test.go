@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"keyfleet.dev/keyfleet/internal/rotation"
+	"keyfleet.dev/keyfleet/test/bed"
 )
 
 // figures are what was measured of one rotation.
@@ -32,6 +33,8 @@ func (c *cluster) measure() (figures, error) {
 		case strings.HasPrefix(line, "Expected unavailability of the API: "):
 			f.impact = strings.TrimPrefix(line, "Expected unavailability of the API: ")
 		case strings.Contains(line, "kubernetes-admin (a client certificate)"): // that is us
+			f.login.Store(c.admin())
+		case c.Layout == bed.LayoutAKSEngine && strings.Contains(line, "done   switch: copy the journal"): // nobody will ask us to
 			f.login.Store(c.admin())
 		case strings.Contains(line, "point of no return ----") && !strings.Contains(line, "until here"):
 			f.login.Store(c.admin())
