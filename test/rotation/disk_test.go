@@ -236,10 +236,10 @@ func (c *cluster) runsWhatIsThere(t *testing.T, rotated time.Time) {
 				t.Errorf("%s on %s does not run: %q", p.Name, n.Name, lines)
 				continue
 			}
+			if start < float64(rotated.UnixNano())/1e9 {
+				continue
+			}
 			for _, line := range lines[1:] {
-				if start < float64(rotated.UnixNano())/1e9 {
-					continue
-				}
 				at, file, _ := strings.Cut(line, " ")
 				if changed, err := strconv.ParseFloat(at, 64); err != nil || changed > start+0.05 {
 					t.Errorf("%s on %s began %.1f s before %s changed, and has not read it since (%v)", p.Name, n.Name, changed-start, file, err)
