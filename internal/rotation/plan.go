@@ -97,7 +97,7 @@ func words(all []string) string {
 func summary(paths []string) string {
 	var out []string
 	for _, p := range paths {
-		out = append(out, p[strings.LastIndex(p, "/")+1:])
+		out = append(out, p[strings.LastIndexAny(p, `/\`)+1:])
 	}
 	if len(out) > 4 {
 		return fmt.Sprintf("%s and %d more", strings.Join(out[:3], ", "), len(out)-3)
@@ -147,6 +147,7 @@ func MakePlan(o Observation, s Scope, run string) (Plan, error) {
 		p.Nodes = append(p.Nodes, m.Node)
 	}
 	b := &planner{o: o, l: o.Layout, s: s, plan: &p}
+	b.windows()
 	b.prepare()
 	if s.Apart {
 		b.recover()
@@ -176,8 +177,13 @@ func fit(o Observation, s Scope) error {
 		return fault.New(fault.Invalid, "NoMasters", "No node has a control plane.")
 	}
 	for _, m := range o.Machines {
+		if m.OS == windowsOS {
+			if err := fitWindows(m); err != nil {
+				return err
+			}
+		}
 		for _, tool := range []string{"openssl", "sha256sum", "base64", "tar", "curl"} {
-			if !m.Facts.has(tool) && (m.Master || tool != "curl") {
+			if m.OS != windowsOS && !m.Facts.has(tool) && (m.Master || tool != "curl") {
 				return fault.New(fault.Precondition, "MissingProgram", "%s has no program %s.", m.Name, tool).WithFix("install it there")
 			}
 		}
@@ -191,7 +197,7 @@ func fit(o Observation, s Scope) error {
 			return fault.New(fault.Conflict, "UnfinishedRotation", "%s has the files of rotation %s, which is not finished.", m.Name, run).
 				WithFix("finish it or roll it back: put %s/%s/journal of that machine into DIR/%s/journal and go on with --run-dir DIR", baseDir, run, run)
 		}
-		for _, f := range o.Layout.of(m.Master) {
+		for _, f := range o.Layout.on(m.Node).of(m.Master) {
 			if s.Cluster && f.Holds == Manifest && strings.Contains(string(m.Files[f.Path].Content), "--kubelet-certificate-authority=") {
 				return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the serving certificates of kubelets, which this version does not renew: logs and exec would fail when the old CA retires.", m.Name).
 					WithFix("leave the cluster CA out with --only, or take --kubelet-certificate-authority out of %s for the rotation", f.Path)
@@ -222,8 +228,9 @@ func (b *planner) add(s Step) { b.plan.Steps = append(b.plan.Steps, s) }
 // place adds a step that places those of the files that change at the stage.
 func (b *planner) place(ph Phase, at Stage, m Machine, kinds ...Holds) {
 	var paths []string
-	for _, p := range b.l.paths(m.Master, kinds...) {
-		if b.l.changes(b.s, b.l.file(p), at) && (!m.Files[p].Absent || b.l.file(p).Added) {
+	l := b.l.on(m.Node)
+	for _, p := range l.paths(m.Master, kinds...) {
+		if l.changes(b.s, l.file(p), at) && (!m.Files[p].Absent || l.file(p).Added) {
 			paths = append(paths, p)
 		}
 	}
@@ -236,7 +243,7 @@ func (b *planner) place(ph Phase, at Stage, m Machine, kinds ...Holds) {
 // restart at this stage.
 func (b *planner) restart(ph Phase, at Stage, m Machine, names ...string) {
 	var restarts []string
-	for _, c := range b.l.restarts(b.s, at, m.Master) {
+	for _, c := range b.l.on(m.Node).restarts(b.s, at, m.Master) {
 		if slices.Contains(names, c.Name) {
 			restarts = append(restarts, c.Name)
 		}
@@ -352,16 +359,17 @@ func (b *planner) kubeconfigs(ph Phase, at Stage, m Machine) {
 // the node go on.
 func (b *planner) kubelet(ph Phase, at Stage, m Machine) {
 	var paths []string
-	for _, p := range b.l.component("kubelet").Once {
-		f := b.l.file(p)
-		if (f.Holds == Kubeconfig || f.Holds == KubeletPair) && b.l.changes(b.s, f, at) && !m.Files[p].Absent {
+	l := b.l.on(m.Node)
+	for _, p := range l.component("kubelet").Once {
+		f := l.file(p)
+		if (f.Holds == Kubeconfig || f.Holds == KubeletPair || f.Holds == Renewed) && l.changes(b.s, f, at) && !m.Files[p].Absent {
 			paths = append(paths, p)
 		}
 	}
 	if len(paths) > 0 {
 		b.add(Step{Phase: ph, Verb: Place, Node: m.Name, Stage: at, Paths: paths})
 	}
-	b.restart(ph, at, m, "kubelet")
+	b.restart(ph, at, m, l.workerPrograms()...)
 }
 
 // copies adds a step that makes the copies in etcd follow their files.
@@ -418,12 +426,13 @@ func (b *planner) retire() {
 // more, so that nothing can overlap: everything is placed everywhere, then what reads it
 // restarts, from etcd upwards. It needs no API until there is one again.
 func (b *planner) recover() {
-	kinds := []Holds{Roots, RootKey, TokenPublic, TokenKey, LeafTokenKey, LeafKey, LeafCert, SelfCert, Kubeconfig, KubeletPair}
+	kinds := []Holds{Roots, RootKey, TokenPublic, TokenKey, LeafTokenKey, LeafKey, LeafCert, SelfCert, Kubeconfig, KubeletPair, Renewed}
 	before := len(b.plan.Steps)
 	for _, m := range b.o.Machines {
 		var paths []string
-		for _, p := range b.l.paths(m.Master, kinds...) {
-			if len(b.l.stages(b.s, b.l.file(p))) > 0 && !m.Files[p].Absent {
+		l := b.l.on(m.Node)
+		for _, p := range l.paths(m.Master, kinds...) {
+			if len(l.stages(b.s, l.file(p))) > 0 && !m.Files[p].Absent {
 				paths = append(paths, p)
 			}
 		}
@@ -440,7 +449,7 @@ func (b *planner) recover() {
 	b.add(Step{Phase: Switch, Verb: APIUp})
 	for _, m := range b.o.Machines {
 		if !m.Master {
-			restart(m, "kubelet")
+			restart(m, b.l.on(m.Node).workerPrograms()...)
 		}
 	}
 	b.add(Step{Phase: Switch, Verb: AllReady})

@@ -160,7 +160,7 @@ func (e *Engine) Rollback(ctx context.Context) error {
 // release gives back the locks that begin took, where no step has done so.
 func (e *Engine) release(ctx context.Context) error {
 	for _, n := range e.Plan.Nodes {
-		if _, err := e.Hosts[n.Name].Run(ctx, Script{Name: "give back the lock", Text: releaseScript, Args: []string{e.dir(), e.token}, Quiet: true}); err != nil {
+		if _, err := e.Hosts[n.Name].Run(ctx, Script{Name: "give back the lock", Text: e.on(n.Name).release, Args: []string{e.dirOn(n.Name), e.token}, Quiet: true}); err != nil {
 			return fmt.Errorf("giving back the lock of %s: %w", n.Name, err)
 		}
 	}
@@ -205,7 +205,7 @@ func (e *Engine) lock(ctx context.Context, node string) error {
 	if e.TakeOver {
 		take = "yes"
 	}
-	out, err := e.Hosts[node].Run(ctx, Script{Name: "take the lock", Text: lockScript, Args: []string{e.dir(), e.token, take, e.Who}, Quiet: true})
+	out, err := e.Hosts[node].Run(ctx, Script{Name: "take the lock", Text: e.on(node).lock, Args: []string{e.dirOn(node), e.token, take, e.Who}, Quiet: true})
 	if err != nil {
 		return fmt.Errorf("taking the lock of %s: %w", node, err)
 	}
@@ -216,7 +216,7 @@ func (e *Engine) lock(ctx context.Context, node string) error {
 	return nil
 }
 
-// dir is the folder of this rotation on every machine.
+// dir is the folder of this rotation on every machine that runs Linux.
 func (e *Engine) dir() string { return baseDir + "/" + e.Plan.Run }
 
 // steps turns the plan into steps of the journal.
@@ -239,9 +239,9 @@ func (e *Engine) note(format string, args ...any) {
 // that Finishes is the neighbour of the machine.
 func (e *Engine) change(ctx context.Context, node string, s Script) ([]byte, error) {
 	if s.Finishes {
-		s.Args, s.Input = append([]string{e.dir()}, s.Args...), []byte(e.token+" "+string(s.Input)+"\n")
+		s.Args, s.Input = append([]string{e.dirOn(node)}, s.Args...), []byte(e.token+" "+string(s.Input)+"\n")
 	} else {
-		s.Args = append([]string{e.dir(), e.token}, s.Args...)
+		s.Args = append([]string{e.dirOn(node), e.token}, s.Args...)
 	}
 	var out []byte
 	err := effect.Do(s.Name+" on "+node, func() (err error) {

@@ -95,14 +95,8 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 }
 
 func (e *Engine) backUp(ctx context.Context, node string) error {
-	m := e.Observed.machine(node)
-	var paths []string
-	for _, f := range e.Layout.of(m.Master) {
-		if !m.Files[f.Path].Absent {
-			paths = append(paths, f.Path)
-		}
-	}
-	_, err := e.change(ctx, node, Script{Name: "back up", Text: backupScript, Args: paths})
+	paths := e.layoutOn(node).kept(e.Observed.machine(node))
+	_, err := e.change(ctx, node, Script{Name: "back up", Text: e.on(node).backUp, Args: paths})
 	return err
 }
 
@@ -199,7 +193,7 @@ func (e *Engine) read(ctx context.Context, node, path string) ([]byte, error) {
 // stage makes keys on a machine, issues certificates for them, and sends the trees.
 func (e *Engine) stage(ctx context.Context, node string) error {
 	m := e.Observed.machine(node)
-	wants, err := e.Layout.keysOf(e.Plan.Scope, m, false)
+	wants, err := e.layoutOn(node).keysOf(e.Plan.Scope, m, false)
 	if err != nil {
 		return err
 	}
@@ -221,7 +215,11 @@ func (e *Engine) stage(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	_, err = e.change(ctx, node, Script{Name: "stage files", Text: stageScript, Args: t.verbs, Input: t.tar.Bytes()})
+	input, err := e.packed(node, t)
+	if err != nil {
+		return err
+	}
+	_, err = e.change(ctx, node, Script{Name: "stage files", Text: e.on(node).stage, Args: t.verbs, Input: input})
 	return err
 }
 
@@ -261,9 +259,10 @@ func (e *Engine) publish(ctx context.Context) error {
 // placements are the arguments of placeScript for files as they must be at a stage.
 func (e *Engine) placements(node string, paths []string, at Stage) []string {
 	var out []string
+	l := e.layoutOn(node)
 	for _, p := range paths {
-		f := e.Layout.file(p)
-		from := e.Layout.from(e.Plan.Scope, f, at)
+		f := l.file(p)
+		from := l.from(e.Plan.Scope, f, at)
 		if f.Holds == KubeletPair && from == Switched.String() { // what the link leads to comes first
 			out = append(out, from+":"+p[:strings.LastIndex(p, "/")]+"/kubelet-client-"+e.Plan.Run+".pem")
 		}
@@ -273,21 +272,22 @@ func (e *Engine) placements(node string, paths []string, at Stage) []string {
 }
 
 func (e *Engine) placed(ctx context.Context, node string, args []string) (bool, error) {
-	out, err := e.Hosts[node].Run(ctx, Script{Name: "check files", Text: placedScript, Args: append([]string{e.dir()}, args...), Quiet: true})
+	out, err := e.Hosts[node].Run(ctx, Script{Name: "check files", Text: e.on(node).placed, Args: append([]string{e.dirOn(node)}, args...), Quiet: true})
 	return strings.TrimSpace(string(out)) == "yes", err
 }
 
 func (e *Engine) place(ctx context.Context, s Step, args []string) error {
-	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: placeScript, Args: args})
+	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: e.on(s.Node).place, Args: args})
 	return err
 }
 
 // restarted reports whether the components run as they must at a stage: their
 // manifest is in place, and they began after the last change of what they read once.
 func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) {
+	l := e.layoutOn(s.Node)
 	for _, name := range s.Components {
-		c := e.Layout.component(name)
-		files := slices.Clone(c.Once)
+		c := l.component(name)
+		files := l.readOnce(c)
 		if c.Pod != "" {
 			ok, err := e.placed(ctx, s.Node, e.placements(s.Node, []string{c.Pod}, at))
 			if err != nil || !ok {
@@ -295,7 +295,7 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 			}
 			files = append(files, c.Pod)
 		}
-		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: startedScript, Args: append([]string{name}, files...), Quiet: true})
+		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: e.on(s.Node).started, Args: append([]string{name}, files...), Quiet: true})
 		if err != nil || strings.TrimSpace(string(out)) != "yes" {
 			return false, err
 		}
@@ -313,6 +313,9 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 // restart restarts components of a machine so that they run as at the stage.
 func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 	m := e.Observed.machine(s.Node)
+	if m.OS == windowsOS {
+		return e.changes(ctx, s.Node, e.restartServices(s, at)...)
+	}
 	if len(s.Components) == 1 && s.Components[0] == "kubelet" {
 		c := e.Layout.component("kubelet")
 		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
@@ -451,7 +454,7 @@ func (e *Engine) leadAway(ctx context.Context, m Machine) error {
 }
 
 func (e *Engine) clean(ctx context.Context, node string) error {
-	_, err := e.change(ctx, node, Script{Name: "clean up", Text: cleanScript})
+	_, err := e.change(ctx, node, Script{Name: "clean up", Text: e.on(node).clean})
 	return err
 }
 
