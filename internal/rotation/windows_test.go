@@ -150,6 +150,7 @@ func (r *recorder) Run(_ context.Context, s Script) ([]byte, error) {
 	r.ran = append(r.ran, s)
 	return []byte(r.say), r.err
 }
+
 func (r *recorder) Put(context.Context, string, io.Reader, fs.FileMode) error {
 	return errors.New("nothing is put there")
 }
