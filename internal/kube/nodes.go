@@ -56,6 +56,14 @@ func (a *api) Nodes(ctx context.Context) ([]rotation.Node, error) {
 	return out, nil
 }
 
+// ReachKubelet implements rotation.API.
+func (a *api) ReachKubelet(ctx context.Context, node string) error {
+	_, err := ask(ctx, a, "asking the kubelet of "+node, func(ctx context.Context) ([]byte, error) {
+		return a.typed.CoreV1().RESTClient().Get().Resource("nodes").Name(node).SubResource("proxy").Suffix("healthz").Do(ctx).Raw()
+	})
+	return err
+}
+
 // ports says on which port each API server listens, by its IP.
 func (a *api) ports(ctx context.Context) (map[string]int, error) {
 	slices, err := ask(ctx, a, "listing the endpoints of the API servers", func(ctx context.Context) ([]discovery.EndpointSlice, error) {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"maps"
 
+	signing "k8s.io/api/certificates/v1"
 	core "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -13,6 +14,23 @@ import (
 
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
+
+// Signed implements rotation.API.
+func (a *api) Signed(ctx context.Context) ([]rotation.Signed, error) {
+	requests, err := ask(ctx, a, "listing certificate signing requests", func(ctx context.Context) ([]signing.CertificateSigningRequest, error) {
+		return list(ctx, metav1.ListOptions{}, a.typed.CertificatesV1().CertificateSigningRequests().List, func(l *signing.CertificateSigningRequestList) []signing.CertificateSigningRequest { return l.Items })
+	})
+	if err != nil {
+		return nil, err
+	}
+	var out []rotation.Signed
+	for i := range requests {
+		if text := requests[i].Status.Certificate; len(text) > 0 {
+			out = append(out, rotation.Signed{PEM: text, At: requests[i].CreationTimestamp.Time})
+		}
+	}
+	return out, nil
+}
 
 // rootCA is the ConfigMap that the controller manager keeps in every namespace.
 const rootCA = "kube-root-ca.crt"

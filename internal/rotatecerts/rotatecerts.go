@@ -145,10 +145,10 @@ func (c *command) fail(err error) int {
 	}
 	var e *fault.Error
 	if !errors.As(err, &e) {
-		fmt.Fprintf(c.Err, "Error: %v\n", err)
+		fmt.Fprintf(c.Err, "Error: %v\n  Fix   when the cause is gone, run the same command again: it goes on where it stopped\n", err)
 		return 1
 	}
-	fmt.Fprintf(c.Err, "Error %s: %s\n", e.Code, e.Message)
+	fmt.Fprintf(c.Err, "%s: %s\n", strings.TrimSpace("Error "+e.Code), e.Message)
 	if whole := err.Error(); whole != e.Error() {
 		fmt.Fprintf(c.Err, "  Where %s\n", strings.SplitN(whole, ": "+e.Message, 2)[0])
 	}

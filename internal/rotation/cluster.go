@@ -128,12 +128,16 @@ type API interface {
 	Issuer(ctx context.Context) (issuer string, kids []string, err error)
 
 	Nodes(ctx context.Context) ([]Node, error)
+	// ReachKubelet makes the API server ask the kubelet of a node for its health.
+	ReachKubelet(ctx context.Context, node string) error
 	Pods(ctx context.Context) ([]Pod, error)
 	// RestartOwner makes the controller of a pod replace it: a new annotation in
 	// the template of a Deployment, DaemonSet or StatefulSet; a pod with another
 	// owner or none is evicted. Disruption budgets hold.
 	RestartOwner(ctx context.Context, p Pod, mark string) error
 
+	// Signed lists the certificates that certificate signing requests were given.
+	Signed(ctx context.Context) ([]Signed, error)
 	// RootCAs returns ca.crt of kube-root-ca.crt by namespace; namespaces without
 	// the ConfigMap have "", unless they are being deleted.
 	RootCAs(ctx context.Context) (map[string]string, error)
@@ -172,6 +176,12 @@ type Pod struct {
 	Created               time.Time
 	TokenTTL              time.Duration // the longest lifetime of its projected service account tokens; zero: it has none
 	Mirror                bool          // a static pod: no token, no owner
+}
+
+// Signed is a certificate that the controller manager signed on request.
+type Signed struct {
+	PEM []byte
+	At  time.Time // of the request
 }
 
 // TokenSecret is a Secret that holds a token of a service account.

@@ -177,6 +177,9 @@ func compose(l Layout, s Scope, m Machine, mat *Material, public map[string]cryp
 // keyName is the name of the key that a machine makes for a file, below RUN/keys.
 func keyName(p string) string { return strings.Trim(strings.ReplaceAll(p, "/", "-"), "-") }
 
+// dated is what the link of a KubeletPair leads to after a rotation.
+func dated(link, run string) string { return strings.TrimSuffix(link, "current.pem") + run + ".pem" }
+
 // composeFile adds one file at one stage.
 func composeFile(t *trees, l Layout, s Scope, m Machine, f File, at Stage, mat *Material, certs map[string][]byte, run string) error {
 	ca := mat.Authorities[f.Authority]
@@ -226,8 +229,11 @@ func composeFile(t *trees, l Layout, s Scope, m Machine, f File, at Stage, mat *
 	case Kubeconfig:
 		return composeKubeconfig(t, m, f, at, mat, certs)
 	case KubeletPair:
-		pair := path.Join(path.Dir(f.Path), "kubelet-client-"+run+".pem")
-		if err := t.add(at, pair, certs[f.Path], ""); err != nil {
+		pair, cert := dated(f.Path, run), certs[f.Path]
+		if f.Served {
+			cert = join(cert, ca.Cross)
+		}
+		if err := t.add(at, pair, cert, ""); err != nil {
 			return err
 		}
 		t.verb("append", at, pair, keyName(f.Path))

@@ -100,6 +100,9 @@ type File struct {
 	Optional  bool
 	// Pair is the certificate's file, of a LeafKey, LeafTokenKey, IssuerKey or Renewed key.
 	Pair string
+	// Served says that a KubeletPair is shown to clients, so that it comes with the
+	// cross certificate; the kubelet drops that when it next renews the pair.
+	Served bool
 	// Shared says that all machines have the same: the key is made by the runner, and
 	// not where it is used.
 	Shared bool

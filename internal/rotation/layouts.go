@@ -28,6 +28,7 @@ func Kubeadm() Layout {
 			{Path: etc + "scheduler.conf", Holds: Kubeconfig, Authority: ClusterCA, On: Masters},
 			{Path: etc + "kubelet.conf", Holds: Kubeconfig, Authority: ClusterCA},
 			{Path: kubelet, Holds: KubeletPair, Authority: ClusterCA},
+			{Path: serving + "-server-current.pem", Holds: KubeletPair, Authority: ClusterCA, Optional: true, Served: true}, // with serverTLSBootstrap
 			{Path: serving + ".key", Holds: LeafKey, Pair: serving + ".crt", Optional: true},
 			{Path: serving + ".crt", Holds: SelfCert, Optional: true},
 			{Path: manifests + "etcd.yaml", Holds: Manifest, On: Masters},
@@ -51,7 +52,7 @@ func Kubeadm() Layout {
 				Issuer: map[string]string{"--cluster-signing-cert-file": pki + "ca-issuing.crt", "--cluster-signing-key-file": pki + "ca-issuing.key"},
 			},
 			{Name: "kube-scheduler", On: Masters, Pod: manifests + "kube-scheduler.yaml", Once: []string{etc + "scheduler.conf"}},
-			{Name: "kubelet", Unit: "kubelet", Once: []string{etc + "kubelet.conf", kubelet, serving + ".crt"}},
+			{Name: "kubelet", Unit: "kubelet", Once: []string{etc + "kubelet.conf", kubelet, serving + ".crt", serving + "-server-current.pem"}},
 		},
 	}
 	for _, leaf := range []struct {

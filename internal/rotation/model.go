@@ -141,6 +141,10 @@ func (e *Engine) copyToEtcd(ctx context.Context, at Stage) error {
 		return err
 	}
 	defer etcd.Close()
+	return e.writeCopies(ctx, etcd, at)
+}
+
+func (e *Engine) writeCopies(ctx context.Context, etcd Etcd, at Stage) error {
 	pairs := map[string][]byte{}
 	for _, c := range e.dueCopies() {
 		now, err := etcd.Get(ctx, c.Key)

@@ -37,6 +37,26 @@ func (e *Engine) allReady(ctx context.Context) error {
 	})
 }
 
+// reachKubelets makes every API server open new connections to the kubelets. Its
+// client notices a new certificate when it makes a connection, and then closes all,
+// that one too (client-go, transport/cert_rotation.go): the request that is lost
+// is ours, and not somebody's "kubectl logs".
+func (e *Engine) reachKubelets(ctx context.Context) error {
+	for _, m := range e.Observed.masters() {
+		api, err := e.api(m.Name)
+		if err != nil {
+			return err
+		}
+		for _, n := range e.Plan.Nodes {
+			if err := until(ctx, time.Minute, func(ctx context.Context) error { return api.ReachKubelet(ctx, n.Name) }); err != nil {
+				return fault.New(fault.Unavailable, "KubeletNotReached", "The API server of %s does not reach the kubelet of %s.", m.Name, n.Name).Because(err).
+					WithFix("see whether kubectl logs works for a pod of that node, then run the same command again")
+			}
+		}
+	}
+	return nil
+}
+
 // published waits until every namespace has the roots of the stage.
 func (e *Engine) published(ctx context.Context, at Stage) error {
 	s := e.material.Authorities[ClusterCA]

@@ -156,10 +156,36 @@ func observe(ctx context.Context, l Layout, n Node, h Host) (Machine, error) {
 	if m.Files, err = look(ctx, h, d, paths, func(p string) string { return howToLook(l.file(p)) }); err != nil {
 		return m, err
 	}
+	for path, f := range m.Files {
+		if l.file(path).Holds == Kubeconfig && !f.Absent {
+			if f.Content, err = withoutKey(f.Content); err != nil {
+				return m, fmt.Errorf("reading %s: %w", path, err)
+			}
+			m.Files[path] = f
+		}
+	}
 	if n.Master {
 		m.Endpoint = net.JoinHostPort(n.Address, apiPort(m.Files[l.component("kube-apiserver").Pod].Content))
 	}
 	return m, nil
+}
+
+// withoutKey makes sure that a kubeconfig has lost its key, however it was
+// written: what is observed is kept in clear.
+func withoutKey(text []byte) ([]byte, error) {
+	k, err := parseKubeconfig(text)
+	if err != nil {
+		return nil, err
+	}
+	user, err := k.part("users", "user")
+	if err != nil {
+		return nil, err
+	}
+	if key, _ := user["client-key-data"].(string); key == "" {
+		return text, nil
+	}
+	user["client-key-data"] = ""
+	return yaml.Marshal(k.doc)
 }
 
 // howToLook says how lookScript shows a file.

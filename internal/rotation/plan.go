@@ -39,6 +39,7 @@ const (
 	CopyToEtcd  Verb = "write the front proxy's certificates to etcd"
 	SaveProfile Verb = "write the API model"
 	Canary      Verb = "prove that the new is accepted"
+	Reach       Verb = "open the API servers' connections to kubelets anew"
 	Served      Verb = "prove that the new is served"
 	AllReady    Verb = "wait until all nodes are ready"
 	Published   Verb = "wait until the CA is published to all namespaces"
@@ -153,6 +154,9 @@ func MakePlan(o Observation, s Scope, run string) (Plan, error) {
 		b.recover()
 	} else {
 		b.drain()
+		if s.Cluster && !o.audited() {
+			b.warn("The API servers keep no audit log: clients with certificates of the old CA are not seen, only pods with old tokens.")
+		}
 		b.trust()
 		b.change()
 		b.retire()
@@ -166,53 +170,6 @@ func MakePlan(o Observation, s Scope, run string) (Plan, error) {
 		names[st.Name()] = true
 	}
 	return p, nil
-}
-
-// fit refuses clusters that are not ready for a rotation.
-func fit(o Observation, s Scope) error {
-	if s == (Scope{}) {
-		return fault.New(fault.Invalid, "NothingToRotate", "Nothing is to be rotated.").WithFix("leave --only out, or name one of %s", strings.Join(ScopeWords(), ", "))
-	}
-	if len(o.masters()) == 0 {
-		return fault.New(fault.Invalid, "NoMasters", "No node has a control plane.")
-	}
-	for _, m := range o.Machines {
-		if m.OS == windowsOS {
-			if err := fitWindows(m); err != nil {
-				return err
-			}
-		}
-		for _, tool := range []string{"openssl", "sha256sum", "base64", "tar", "curl"} {
-			if m.OS != windowsOS && !m.Facts.has(tool) && (m.Master || tool != "curl") {
-				return fault.New(fault.Precondition, "MissingProgram", "%s has no program %s.", m.Name, tool).WithFix("install it there")
-			}
-		}
-		if m.Facts.FreeKiB < 64<<10 {
-			return fault.New(fault.Precondition, "DiskFull", "%s has %d KiB free on /var or /etc, and 64 MiB are needed.", m.Name, m.Facts.FreeKiB).WithFix("make room there")
-		}
-		if skew := m.Facts.Now.Sub(o.At).Abs(); skew > 5*time.Minute {
-			return fault.New(fault.Precondition, "ClockSkew", "The clock of %s is %s off ours.", m.Name, skew.Round(time.Second)).WithFix("set it right: certificates would not be valid there yet, or no longer")
-		}
-		for _, run := range m.Facts.Runs { // near its end a rotation has no file any more that only a rotation has
-			return fault.New(fault.Conflict, "UnfinishedRotation", "%s has the files of rotation %s, which is not finished.", m.Name, run).
-				WithFix("finish it or roll it back: put %s/%s/journal of that machine into DIR/%s/journal and go on with --run-dir DIR", baseDir, run, run)
-		}
-		for _, f := range o.Layout.on(m.Node).of(m.Master) {
-			if s.Cluster && f.Holds == Manifest && strings.Contains(string(m.Files[f.Path].Content), "--kubelet-certificate-authority=") {
-				return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the serving certificates of kubelets, which this version does not renew: logs and exec would fail when the old CA retires.", m.Name).
-					WithFix("leave the cluster CA out with --only, or take --kubelet-certificate-authority out of %s for the rotation", f.Path)
-			}
-			if m.Files[f.Path].Absent && !f.Optional && !f.Added {
-				return fault.New(fault.Precondition, "MissingFile", "%s has no %s, which the layout %s has.", m.Name, f.Path, o.Layout.Name).
-					WithFix("an external CA or another layout is not supported")
-			}
-			if f.Added && !m.Files[f.Path].Absent {
-				return fault.New(fault.Conflict, "UnfinishedRotation", "%s has %s, which only a rotation under way has.", m.Name, f.Path).
-					WithFix("finish or roll back that rotation: keyfleet rotate-certs status")
-			}
-		}
-	}
-	return nil
 }
 
 // planner appends steps.
@@ -321,6 +278,7 @@ func (b *planner) change() {
 	}
 	b.copies(Switch, Switched)
 	b.add(Step{Phase: Switch, Verb: Served})
+	b.add(Step{Phase: Switch, Verb: Reach})
 	for _, m := range b.o.masters() {
 		b.place(Switch, Switched, m, IssuerKey, IssuerCert, TokenKey)
 		b.kubeconfigs(Switch, Switched, m)
@@ -413,52 +371,8 @@ func (b *planner) retire() {
 		return
 	}
 	b.plan.Steps[before].NoReturn = true
+	b.add(Step{Phase: Retire, Verb: Reach})
 	b.add(Step{Phase: Retire, Verb: AllReady})
-	if b.s.Cluster {
-		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})
-		b.add(Step{Phase: Retire, Verb: Published, Stage: Retired})
-	}
-	b.add(Step{Phase: Retire, Verb: Refused})
-	b.add(Step{Phase: Retire, Verb: Clean})
-}
-
-// recover plans how a cluster comes back whose old certificates do not work any
-// more, so that nothing can overlap: everything is placed everywhere, then what reads it
-// restarts, from etcd upwards. It needs no API until there is one again.
-func (b *planner) recover() {
-	kinds := []Holds{Roots, RootKey, TokenPublic, TokenKey, LeafTokenKey, LeafKey, LeafCert, SelfCert, Kubeconfig, KubeletPair, Renewed}
-	before := len(b.plan.Steps)
-	for _, m := range b.o.Machines {
-		var paths []string
-		l := b.l.on(m.Node)
-		for _, p := range l.paths(m.Master, kinds...) {
-			if len(l.stages(b.s, l.file(p))) > 0 && !m.Files[p].Absent {
-				paths = append(paths, p)
-			}
-		}
-		b.add(Step{Phase: Switch, Verb: Place, Node: m.Name, Stage: Retired, Whole: true, Paths: paths})
-	}
-	b.plan.Steps[before].NoReturn = true
-	restart := func(m Machine, names ...string) {
-		b.add(Step{Phase: Switch, Verb: Restart, Node: m.Name, Stage: Retired, Whole: true, Components: names})
-	}
-	for _, m := range b.o.masters() {
-		restart(m, "kubelet", "etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
-	}
-	b.add(Step{Phase: Switch, Verb: EtcdUp})
-	b.add(Step{Phase: Switch, Verb: APIUp})
-	for _, m := range b.o.Machines {
-		if !m.Master {
-			restart(m, b.l.on(m.Node).workerPrograms()...)
-		}
-	}
-	b.add(Step{Phase: Switch, Verb: AllReady})
-	b.copies(Switch, Retired)
-	b.saveProfile()
-	b.add(Step{Phase: Switch, Verb: Publish})
-	if b.s.Tokens {
-		b.add(Step{Phase: Retire, Verb: Tokens})
-	}
 	if b.s.Cluster {
 		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})
 		b.add(Step{Phase: Retire, Verb: Published, Stage: Retired})

@@ -207,7 +207,7 @@ func TestOneMasterAtATimeWithoutNeighbour(t *testing.T) {
 	o := threeMasters(t)
 	o.Machines[1].Facts.Tools = []string{"openssl", "sha256sum", "base64", "tar", "curl"}
 	p, err := MakePlan(o, Everything(), "run1")
-	if err != nil || p.Drain || len(p.Warnings) != 1 || !strings.Contains(p.Impact, "up to 60 s") {
+	if err != nil || p.Drain || len(p.Warnings) != 2 || !strings.Contains(p.Impact, "up to 60 s") {
 		t.Errorf("without iptables on master-1: drain %t, impact %q, warnings %q, %v", p.Drain, p.Impact, p.Warnings, err)
 	}
 }
@@ -227,7 +227,8 @@ func TestPlanRefuses(t *testing.T) {
 		{"a rotation under way", func(o *Observation) {
 			o.Machines[0].Files["/etc/kubernetes/pki/ca-issuing.crt"] = FileState{}
 		}, "UnfinishedRotation"},
-		{"kubelets that are verified", func(o *Observation) {
+		{"kubelets that are verified, of which one has a certificate of its own making", func(o *Observation) {
+			o.Machines[3].Files["/var/lib/kubelet/pki/kubelet-server-current.pem"] = FileState{Absent: true}
 			o.Machines[0].Files["/etc/kubernetes/manifests/kube-apiserver.yaml"] = FileState{Content: []byte("    - --kubelet-certificate-authority=/etc/kubernetes/pki/ca.crt\n")}
 		}, "KubeletsVerified"},
 		{"no masters", func(o *Observation) { o.Machines = o.Machines[3:] }, "NoMasters"},

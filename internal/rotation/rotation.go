@@ -143,7 +143,8 @@ func (e *Engine) Run(ctx context.Context) error {
 	if err := e.Journal.Run(ctx, e.steps(), journal.Options{Progress: e.Progress}); err != nil {
 		return err
 	}
-	return e.release(ctx)
+	e.release(ctx)
+	return nil
 }
 
 // Rollback takes back what was done, if there is a way back.
@@ -154,17 +155,19 @@ func (e *Engine) Rollback(ctx context.Context) error {
 	if err := e.Journal.Rollback(ctx, e.steps(), journal.Options{Progress: e.Progress}); err != nil {
 		return err
 	}
-	return e.release(ctx)
+	e.release(ctx)
+	return nil
 }
 
-// release gives back the locks that begin took, where no step has done so.
-func (e *Engine) release(ctx context.Context) error {
+// release gives back the locks that begin took, where no step has done so. All is
+// done by now: that a machine cannot be reached any more is no failure, or the same
+// command would be given again and begin another rotation. Its lock ends by itself.
+func (e *Engine) release(ctx context.Context) {
 	for _, n := range e.Plan.Nodes {
 		if _, err := e.Hosts[n.Name].Run(ctx, Script{Name: "give back the lock", Text: e.on(n.Name).release, Args: []string{e.dirOn(n.Name), e.token}, Quiet: true}); err != nil {
-			return fmt.Errorf("giving back the lock of %s: %w", n.Name, err)
+			e.note("the lock of %s could not be given back, and ends by itself: %v", n.Name, err)
 		}
 	}
-	return nil
 }
 
 // begin takes the locks of the machines that are reached, and opens what a former run made.

@@ -49,7 +49,7 @@ for arg; do
   case $how in
   plain) content=$(base64 -w0 <"$p") ;;
   cert) content=$(openssl x509 -in "$p" | base64 -w0) ;;
-  config) content=$(sed 's/\(client-key-data\|token\|password\):.*/\1: ""/' "$p" | base64 -w0) ;;
+  config) content=$(sed 's/\("\{0,1\}\(client-key-data\|token\|password\)"\{0,1\}\) *: *"\{0,1\}[^",} ]*"\{0,1\}/\1: ""/g' "$p" | base64 -w0) ;; # YAML or JSON
   *) content= ;;
   esac
   echo "$p|$type|$meta|$link|$changed|$sum|$content|"
@@ -242,12 +242,25 @@ place() { # stage, path
   beside=$(dirname "$(dirname "$2")")/.keyfleet-manifest # not inside: the kubelet reads all there is
   cp -a "$RUN/manifest.part" "$beside"; mv -fT "$beside" "$2"; rm -f "$RUN/manifest.part"
 }
+# An API server that ends waits for its watches, which do not end, until the kubelet
+# kills it after half a minute. Once it accepts nobody any more, half of that is
+# enough for what it has begun.
+hurry() { # pid of the API server
+  i=0; closed=0
+  while [ -n "$1" ] && [ -d "/proc/$1" ] && [ $i -lt 60 ]; do
+    status=0; curl -sk --max-time 2 -o /dev/null "https://127.0.0.1:$port/livez" || status=$?
+    if [ $status = 7 ]; then closed=$((closed+1)); fi
+    if [ $closed -gt 15 ]; then kill -9 "$1" 2>/dev/null || true; break; fi
+    sleep 1; i=$((i+1))
+  done
+}
 begin() { # STAGE:MANIFEST, or unit:UNIT
   case $1 in unit:*) systemctl restart "${1#unit:}" ;; *) place "${1%%:*}" "${1#*:}" ;; esac
 }
 restart() { # NAME:..., as begin
   name=${1%%:*}; old=$(pid_of "$name")
   begin "${1#*:}"
+  if [ "$name" = kube-apiserver ]; then hurry "$old"; fi
   wait_new "$name" "$old"
 }
 api=; etcd=; others=
@@ -265,6 +278,7 @@ if [ -n "$etcd" ]; then
   if [ -n "$api" ]; then # which is away while etcd restarts
     old=$(pid_of kube-apiserver)
     rest=${api#*:}; rm -f "${rest#*:}"
+    hurry "$old"
     [ -z "$old" ] || wait_gone "$old" 400
   fi
   restart "$etcd"
@@ -279,6 +293,15 @@ for pair in $olds; do wait_new "${pair%%:*}" "${pair#*:}"; done
 // unitScript restarts a unit.
 const unitScript = fenceInput + `
 systemctl restart "$1"
+`
+
+// auditScript tells who was seen last with which certificate, at the end of an
+// audit log: HASH|USER|TIME. The order of fields is that of the API server.
+const auditScript = `
+[ -r "$1" ] || exit 0
+tail -c 33554432 "$1" | grep -F X509SHA256= |
+sed -n 's/.*"user":{"username":"\([^"|]*\)".*X509SHA256=\([0-9a-f]*\).*"requestReceivedTimestamp":"\([^"]*\)".*/\2|\1|\3/p' |
+awk -F'|' '{last[$1 "|" $2] = $3} END {for (k in last) print k "|" last[k]}'
 `
 
 // afreshScript stops the kubelet and all that it and systemd run of a control plane,
@@ -350,7 +373,8 @@ if [ "$(cat "$1/holder" 2>/dev/null)" = "$2" ]; then rm -f "$1/holder" "$1/who";
 
 // cleanScript removes what holds keys, when a rotation is over, and gives the lock back.
 const cleanScript = fence + `
-find "$RUN" -type f \( -name '*.key' -o -name '*.conf' -o -name '*.pem' -o -path '*/keys/*' -o -name '*.age' \) -exec shred -u {} + 2>/dev/null || true
+find "$RUN" -type f \( -name '*.key' -o -name '*.conf' -o -name '*.pem' -o -path '*/keys/*' \) -exec shred -n 1 -u {} + 2>/dev/null || true
+rm -f "$RUN"/*.age
 rm -rf "$RUN/keys" "$RUN/trusted" "$RUN/switched" "$RUN/retired" "$RUN/old"
 rm -f "$RUN/holder" "$RUN/who"
 `

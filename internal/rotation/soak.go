@@ -47,7 +47,8 @@ func (e *Engine) tokensBack(ctx context.Context) error {
 	if err := e.renewTokens(ctx); err != nil {
 		return err
 	}
-	return e.drainUsers(ctx, back, e.Plan.Run+"-back")
+	nobody := func(context.Context, API, time.Time) ([]string, error) { return nil, nil }
+	return e.drainUsers(ctx, back, e.Plan.Run+"-back", nobody)
 }
 
 // renewTokens empties tokens of Secrets; the controller manager signs new ones.
@@ -85,8 +86,15 @@ func (e *Engine) renewTokens(ctx context.Context) error {
 // unused waits until nobody uses the old.
 func (e *Engine) unused(ctx context.Context) error {
 	var began time.Time
-	if ok, err := e.Journal.Get(switchedValue, &began); err != nil || !ok {
-		began = e.Now()
+	ok, err := e.Journal.Get(switchedValue, &began)
+	if err != nil {
+		return err
+	}
+	if !ok { // no token was renewed, so this is the first moment that counts
+		began = e.clusterNow()
+		if err := e.Journal.Set(switchedValue, began); err != nil {
+			return err
+		}
 	}
 	if e.Complete {
 		return nil
@@ -94,28 +102,47 @@ func (e *Engine) unused(ctx context.Context) error {
 	if e.UntilSoak {
 		return &SoakError{}
 	}
-	return e.drainUsers(ctx, began, e.Plan.Run)
+	return e.drainUsers(ctx, began, e.Plan.Run, e.oldClients)
 }
 
-// drainUsers waits until no pod holds a token from before a moment. The mark is
-// that of restarts of their owners.
-func (e *Engine) drainUsers(ctx context.Context, began time.Time, mark string) error {
+// drainUsers waits until no pod holds a token from before a moment, and no client
+// was seen lately that clients finds. The mark is that of restarts of pods' owners.
+func (e *Engine) drainUsers(ctx context.Context, began time.Time, mark string, clients func(context.Context, API, time.Time) ([]string, error)) error {
 	// The API tells when a pod began to the second: one that a restart makes from now
 	// on must not look like one from before.
-	if err := sleep(ctx, began.Add(2*time.Second).Sub(e.Now())); err != nil {
+	wait := 2 * time.Second
+	if e.Plan.Scope.Cluster && e.Observed.audited() { // nobody was seen who had no time to come
+		wait = seenFor
+	}
+	if err := sleep(ctx, began.Add(wait).Sub(e.Now())); err != nil {
 		return err
 	}
 	limit := e.Soak
 	for {
-		users, longest, err := e.users(ctx, began, mark)
+		api, err := e.anyAPI(ctx)
 		if err != nil {
 			return err
 		}
-		if len(users) == 0 {
+		users, longest, err := e.users(ctx, api, began, mark)
+		if err != nil {
+			return err
+		}
+		since := began
+		if lately := e.Now().Add(-seenFor); lately.After(since) {
+			since = lately
+		}
+		old, err := clients(ctx, api, since)
+		if err != nil {
+			return err
+		}
+		if users = append(users, old...); len(users) == 0 {
 			return nil
 		}
 		if limit == 0 {
 			limit = min(longest, time.Hour)
+			if len(old) > 0 { // which have no end of their own
+				limit = time.Hour
+			}
 		}
 		left := began.Add(limit).Sub(e.Now())
 		if left <= 0 {
@@ -138,13 +165,9 @@ func list(all []string) string {
 // users names the pods that may still hold a token of the old key: those that
 // began before the switch, until their token's lifetime is over. If asked to, it
 // restarts their owners, under a mark that makes that happen once.
-func (e *Engine) users(ctx context.Context, switched time.Time, mark string) (names []string, longest time.Duration, err error) {
+func (e *Engine) users(ctx context.Context, api API, switched time.Time, mark string) (names []string, longest time.Duration, err error) {
 	if !e.Plan.Scope.Tokens {
 		return nil, 0, nil
-	}
-	api, err := e.anyAPI(ctx)
-	if err != nil {
-		return nil, 0, err
 	}
 	pods, err := api.Pods(ctx)
 	if err != nil {

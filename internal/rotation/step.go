@@ -7,11 +7,8 @@ import (
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"net"
-	"slices"
 	"strings"
 	"time"
 
@@ -45,7 +42,7 @@ func (e *Engine) step(s Step) journal.Step {
 	case Restart:
 		out.Check = func(ctx context.Context) (bool, error) { return e.restarted(ctx, s, s.Stage) }
 		out.Do = func(ctx context.Context) error { return e.restart(ctx, s, s.Stage) }
-		out.Undo = func(ctx context.Context) error { return e.restart(ctx, s, s.before()) }
+		out.Undo = func(ctx context.Context) error { return e.restartBack(ctx, s) }
 	default:
 		e.apiStep(s, &out)
 	}
@@ -72,6 +69,8 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 		out.Do = e.gate(e.canary)
 	case Served:
 		out.Do = e.served
+	case Reach:
+		out.Do = e.gate(e.reachKubelets)
 	case AllReady:
 		out.Do = e.gate(e.allReady)
 		out.Undo = e.gate(e.allReady)
@@ -263,10 +262,14 @@ func (e *Engine) placements(node string, paths []string, at Stage) []string {
 	for _, p := range paths {
 		f := l.file(p)
 		from := l.from(e.Plan.Scope, f, at)
+		pair := dated(p, e.Plan.Run)
 		if f.Holds == KubeletPair && from == Switched.String() { // what the link leads to comes first
-			out = append(out, from+":"+p[:strings.LastIndex(p, "/")]+"/kubelet-client-"+e.Plan.Run+".pem")
+			out = append(out, from+":"+pair)
 		}
 		out = append(out, from+":"+p)
+		if f.Holds == KubeletPair && from == Old.String() { // and goes last
+			out = append(out, "absent:"+pair)
+		}
 	}
 	return out
 }
@@ -279,178 +282,6 @@ func (e *Engine) placed(ctx context.Context, node string, args []string) (bool, 
 func (e *Engine) place(ctx context.Context, s Step, args []string) error {
 	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: e.on(s.Node).place, Args: args})
 	return err
-}
-
-// restarted reports whether the components run as they must at a stage: their
-// manifest is in place, and they began after the last change of what they read once.
-func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) {
-	l := e.layoutOn(s.Node)
-	for _, name := range s.Components {
-		c := l.component(name)
-		files := l.readOnce(c)
-		if c.Pod != "" {
-			ok, err := e.placed(ctx, s.Node, e.placements(s.Node, []string{c.Pod}, at))
-			if err != nil || !ok {
-				return false, err
-			}
-			files = append(files, c.Pod)
-		}
-		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: e.on(s.Node).started, Args: append([]string{name}, files...), Quiet: true})
-		if err != nil || strings.TrimSpace(string(out)) != "yes" {
-			return false, err
-		}
-	}
-	if slices.Contains(s.Components, "kube-apiserver") && !s.Whole {
-		api, err := e.api(s.Node)
-		if err != nil {
-			return false, err
-		}
-		return api.Ready(ctx) == nil, nil
-	}
-	return true, nil
-}
-
-// restart restarts components of a machine so that they run as at the stage.
-func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
-	m := e.Observed.machine(s.Node)
-	if m.OS == windowsOS {
-		return e.changes(ctx, s.Node, e.restartServices(s, at)...)
-	}
-	if len(s.Components) == 1 && s.Components[0] == "kubelet" {
-		c := e.Layout.component("kubelet")
-		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
-		return err
-	}
-	neighbour := "-"
-	if e.Plan.Drain && slices.Contains(s.Components, "kube-apiserver") {
-		n, err := e.neighbour(ctx, m)
-		if err != nil {
-			return err
-		}
-		neighbour = n
-	}
-	if slices.Contains(s.Components, "etcd") && !e.Plan.Scope.Apart {
-		if err := until(ctx, 2*time.Minute, func(ctx context.Context) error { return e.leadAway(ctx, m) }); err != nil {
-			return err
-		}
-	}
-	_, port, err := net.SplitHostPort(m.Endpoint)
-	if err != nil {
-		return fmt.Errorf("the address of the API server of %s: %w", m.Name, err)
-	}
-	args := []string{m.Address, port, e.Layout.Login, e.Layout.keyOf(e.Layout.Login).Path}
-	for _, name := range s.Components {
-		c := e.Layout.component(name)
-		what := "unit:" + c.Unit
-		if c.Pod != "" {
-			what = e.Layout.from(e.Plan.Scope, e.Layout.file(c.Pod), at) + ":" + c.Pod
-		}
-		args = append(args, name+":"+what)
-	}
-	text := restartScript
-	if s.Whole {
-		text = afreshScript
-	}
-	_, err = e.change(ctx, s.Node, Script{Name: s.Name(), Text: text, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
-	return err
-}
-
-// unit names the unit of systemd that a step runs as.
-func (e *Engine) unit(s Step) string {
-	return strings.ToLower("keyfleet-" + e.Plan.Run + "-" + string(s.Phase) + "-" + strings.Join(s.Components, "-"))
-}
-
-// neighbour is another master whose API server is ready.
-func (e *Engine) neighbour(ctx context.Context, m Machine) (string, error) {
-	var why error
-	for _, other := range e.Observed.masters() {
-		if other.Name == m.Name {
-			continue
-		}
-		api, err := e.api(other.Name)
-		if err == nil {
-			if err = api.Ready(ctx); err == nil {
-				return other.Address, nil
-			}
-		}
-		why = errors.Join(why, fmt.Errorf("%s: %w", other.Name, err))
-	}
-	return "", fault.New(fault.Unavailable, "NoNeighbour", "No other API server is ready, so that of %s is not restarted.", m.Name).Because(why)
-}
-
-// etcdUp waits until all members of etcd answer.
-func (e *Engine) etcdUp(ctx context.Context) error {
-	return until(ctx, 5*time.Minute, func(ctx context.Context) error {
-		etcd, err := e.openEtcd(ctx)
-		if err != nil {
-			return err
-		}
-		defer etcd.Close()
-		members, err := etcd.Members(ctx)
-		if err != nil {
-			return err
-		}
-		for _, m := range members {
-			if m.Err != nil {
-				return fault.New(fault.Unavailable, "EtcdMemberDown", "Member %s of etcd does not answer.", m.Name).Because(m.Err).
-					WithFix("look at its log on that machine, then run the same command again")
-			}
-		}
-		return nil
-	})
-}
-
-// apiUp waits until every API server answers.
-func (e *Engine) apiUp(ctx context.Context) error {
-	for _, m := range e.Observed.masters() {
-		err := until(ctx, 5*time.Minute, func(ctx context.Context) error {
-			api, err := e.api(m.Name)
-			if err != nil {
-				return err
-			}
-			return api.Ready(ctx)
-		})
-		if err != nil {
-			return fault.New(fault.Unavailable, "NoAPIServer", "The API server of %s does not answer.", m.Name).Because(err).
-				WithFix("look at its log on that machine (crictl logs, /var/log/pods), then run the same command again")
-		}
-	}
-	return nil
-}
-
-// leadAway makes sure that etcd goes on without the machine: all members answer,
-// and another one leads.
-func (e *Engine) leadAway(ctx context.Context, m Machine) error {
-	etcd, err := e.openEtcd(ctx)
-	if err != nil {
-		return err
-	}
-	defer etcd.Close()
-	members, err := etcd.Members(ctx)
-	if err != nil {
-		return err
-	}
-	if len(members) == 1 {
-		return nil
-	}
-	var other uint64
-	lead := false
-	for _, member := range members {
-		ours := strings.Contains(member.ClientURL, "//"+m.Address+":")
-		if member.Err != nil && !ours {
-			return fault.New(fault.Unavailable, "EtcdMemberDown", "Member %s of etcd does not answer, so that of %s is not restarted.", member.Name, m.Name).Because(member.Err).
-				WithFix("bring it back, then run the same command again")
-		}
-		if ours {
-			lead = member.Leader
-		} else {
-			other = member.ID
-		}
-	}
-	if !lead {
-		return nil
-	}
-	return etcd.MoveLeader(ctx, other)
 }
 
 func (e *Engine) clean(ctx context.Context, node string) error {

@@ -222,37 +222,19 @@ func (l Layout) readOnce(c Component) []string {
 	return out
 }
 
-// restartServices is a restart on a Windows node: what the services read at their
-// start is made to be as at the stage, and they start again one after the other.
-// On the way back the restart comes before its files are placed, hence the former.
-func (e *Engine) restartServices(s Step, at Stage) []Script {
-	l, m := e.layoutOn(s.Node), e.Observed.machine(s.Node)
-	var paths, services []string
+// restartServices restarts services of a Windows node one after the other. It does not
+// finish when the connection is lost, as package remote cannot do that there.
+func (e *Engine) restartServices(ctx context.Context, s Step) error {
+	var services []string
 	for _, name := range s.Components {
-		c := l.component(name)
+		c := e.layoutOn(s.Node).component(name)
 		services = append(services, c.Name+":"+c.Unit)
-		for _, p := range c.Once {
-			if !m.Files[p].Absent && !slices.Contains(paths, p) {
-				paths = append(paths, p)
-			}
-		}
 	}
-	return []Script{
-		{Name: s.Name() + ", its files", Text: psPlace, Args: e.placements(s.Node, paths, at)},
-		{Name: s.Name(), Text: psRestart, Args: services, Timeout: time.Duration(len(services)) * restartLimit},
-	}
+	limit := time.Duration(len(services)) * restartLimit
+	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: psRestart, Args: services, Timeout: limit})
+	return err
 }
 
 // restartLimit is how long a service may take until it runs again. The script gives
 // up at four fifths of it, so that its reason is heard.
 const restartLimit = 5 * time.Minute
-
-// changes runs scripts that change a machine, one after the other.
-func (e *Engine) changes(ctx context.Context, node string, scripts ...Script) error {
-	for _, s := range scripts {
-		if _, err := e.change(ctx, node, s); err != nil {
-			return err
-		}
-	}
-	return nil
-}

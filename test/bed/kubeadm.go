@@ -42,9 +42,14 @@ func randomHex(n int) string {
 	return hex.EncodeToString(buf)
 }
 
+// auditPolicy is what the API servers write to their audit log.
+const auditPolicy = "etc/kubernetes/audit/policy.yaml"
+
 func (b *builder) kubeadmInit(ctx context.Context, s scene) error {
-	if err := b.place(s.Node, "etc/kubeadm.yaml", "kubeadm-init.yaml", s); err != nil {
-		return err
+	for path, name := range map[string]string{"etc/kubeadm.yaml": "kubeadm-init.yaml", auditPolicy: "audit-policy.yaml"} {
+		if err := b.place(s.Node, path, name, s); err != nil {
+			return err
+		}
 	}
 	// The add-ons are kube-proxy and CoreDNS, which have no part in a rotation.
 	return b.run(ctx, s.Node.Name, "kubeadm init", "kubeadm init --config /etc/kubeadm.yaml --upload-certs --skip-phases=addon -v=1")
@@ -65,7 +70,7 @@ func (b *builder) joinAll(ctx context.Context, s scene) error {
 	join := func(ctx context.Context, n Node) error {
 		s := s
 		s.Node, s.PodSubnet = n, podSubnet(n)
-		for path, name := range map[string]string{"etc/kubeadm.yaml": "kubeadm-join.yaml", "etc/kubeadm-discovery.conf": "discovery.conf"} {
+		for path, name := range map[string]string{"etc/kubeadm.yaml": "kubeadm-join.yaml", "etc/kubeadm-discovery.conf": "discovery.conf", auditPolicy: "audit-policy.yaml"} {
 			if err := b.place(n, path, name, s); err != nil {
 				return err
 			}

@@ -8,12 +8,16 @@ import (
 	"maps"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"sigs.k8s.io/yaml"
 
 	"keyfleet.dev/keyfleet/internal/pki"
+	"keyfleet.dev/keyfleet/internal/rotation"
+	"keyfleet.dev/keyfleet/test/bed"
 )
 
 // lookAt prints a line for each file that Kubernetes keeps on a machine:
@@ -174,9 +178,73 @@ func (c *cluster) worksFor(t *testing.T, as *login) {
 	t.Helper()
 	c = c.in(t)
 	c.reads(t, as)
-	if out := c.sh("master-0", "kubectl get nodes --no-headers"); strings.Count(out, " Ready ") != len(c.Nodes) {
-		t.Errorf("nodes:\n%s", out)
-	}
+	c.heardAgain(len(c.Nodes))
 	c.sh("master-0", "kubectl rollout status deployment/probe --timeout=50s")
 	c.sh("master-0", "kubectl logs deployment/probe >/dev/null") // API server to kubelet
+}
+
+// heardAgain waits until so many nodes are ready and their kubelets have been heard
+// of since this call: what the API knew from before counts for nothing.
+func (c *cluster) heardAgain(n int) {
+	c.t.Helper()
+	const leases = `timeout 20 kubectl -n kube-node-lease get leases -o 'jsonpath={range .items[*]}{.spec.renewTime}{"\n"}{end}' 2>/dev/null || true`
+	for since, end := time.Now(), time.Now().Add(5*time.Minute); ; {
+		heard := 0
+		for _, line := range strings.Fields(c.sh("master-0", leases)) {
+			if at, err := time.Parse(time.RFC3339, line); err == nil && at.After(since) {
+				heard++
+			}
+		}
+		out := c.sh("master-0", "timeout 20 kubectl get nodes --no-headers 2>&1 || true")
+		if heard >= n && strings.Count(out, " Ready ") >= n {
+			return
+		}
+		if time.Now().After(end) {
+			c.t.Fatalf("%d nodes were heard of again:\n%s", heard, out)
+		}
+		time.Sleep(time.Second)
+	}
+}
+
+// beganScript is a script that prints when a program began, $1, and when files that
+// follow last changed, in seconds since 1970.
+const beganScript = `for p in /proc/[0-9]*; do
+  [ "$(basename "$(readlink "$p/exe" 2>/dev/null)" 2>/dev/null)" = "$1" ] || continue
+  ticks=$(sed 's/^.*) //' "$p/stat" | cut -d' ' -f20)
+  echo "$(date +%s.%N) $(cut -d' ' -f1 /proc/uptime) $ticks $(getconf CLK_TCK)" | awk '{printf "%.2f\n", $1 - $2 + $3 / $4}'
+  break
+done
+shift
+for f; do [ -e "$f" ] && stat -c '%.2Z %n' "$f"; done; true`
+
+// runsWhatIsThere checks that no program goes on with files that are there no more,
+// after a rotation that began at a moment and was taken back: each began before it,
+// or after the last change of what it reads only then.
+func (c *cluster) runsWhatIsThere(t *testing.T, rotated time.Time) {
+	t.Helper()
+	c = c.in(t)
+	for _, n := range c.Nodes {
+		for _, p := range rotation.Kubeadm().Components {
+			if p.On == rotation.Masters && n.Role != bed.RoleMaster {
+				continue
+			}
+			files := append(slices.Clone(p.Once), p.Pod, p.Signs)
+			files = slices.DeleteFunc(files, func(f string) bool { return f == "" })
+			lines := strings.Split(strings.TrimSpace(c.sh(n.Name, "set -- "+p.Name+" "+strings.Join(files, " ")+"\n"+beganScript)), "\n")
+			start, err := strconv.ParseFloat(lines[0], 64)
+			if err != nil {
+				t.Errorf("%s on %s does not run: %q", p.Name, n.Name, lines)
+				continue
+			}
+			for _, line := range lines[1:] {
+				if start < float64(rotated.UnixNano())/1e9 {
+					continue
+				}
+				at, file, _ := strings.Cut(line, " ")
+				if changed, err := strconv.ParseFloat(at, 64); err != nil || changed > start+0.05 {
+					t.Errorf("%s on %s began %.1f s before %s changed, and has not read it since (%v)", p.Name, n.Name, changed-start, file, err)
+				}
+			}
+		}
+	}
 }

@@ -31,6 +31,8 @@ func (c *cluster) measure() (figures, error) {
 		switch {
 		case strings.HasPrefix(line, "Expected unavailability of the API: "):
 			f.impact = strings.TrimPrefix(line, "Expected unavailability of the API: ")
+		case strings.Contains(line, "kubernetes-admin (a client certificate)"): // that is us
+			f.login.Store(c.admin())
 		case strings.Contains(line, "point of no return ----") && !strings.Contains(line, "until here"):
 			f.login.Store(c.admin())
 		}
@@ -42,7 +44,7 @@ func (c *cluster) measure() (figures, error) {
 	}, "--restart-pods")
 	f.took = time.Since(began)
 	f.end()
-	c.t.Logf("rotated in %s\n%s", f.took.Round(time.Second), f)
+	c.t.Logf("rotated in %s from %s on\n%s", f.took.Round(time.Second), began.Format("15:04:05.0"), f)
 	return f, err
 }
 

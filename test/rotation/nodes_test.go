@@ -9,13 +9,13 @@ import (
 	"testing"
 )
 
-// stops calls rotate-certs, which must fail and say where and why.
+// stops calls rotate-certs, which must fail and say where, why and how to go on.
 func (c *cluster) stops(t *testing.T, node, step, why string, args ...string) {
 	t.Helper()
 	status, out := c.in(t).call(args...)
 	_, problem, _ := strings.Cut(out, "Error")
-	if status != 1 || !strings.Contains(problem, node) || !strings.Contains(problem, step) || !strings.Contains(problem, why) {
-		t.Errorf("exit status %d, want 1 and an error that names %q, %q and %q:\n%s", status, node, step, why, problem)
+	if status != 1 || !strings.Contains(problem, node) || !strings.Contains(problem, step) || !strings.Contains(problem, why) || !strings.Contains(problem, "same command again") {
+		t.Errorf("exit status %d, want 1 and an error that names %q, %q, %q and the way on:\n%s", status, node, step, why, problem)
 	}
 }
 

@@ -83,6 +83,7 @@ type target struct {
 type outcome struct {
 	total, failed int
 	reasons       map[string]int
+	failures      []string      // the first, with their times
 	longest       time.Duration // between two answers
 	last          time.Time
 }
@@ -94,7 +95,9 @@ type probes struct {
 
 	mu       sync.Mutex // guards what follows
 	outcomes map[string]*outcome
-	written  int
+	late     time.Duration // by which this machine let the probes wait at most
+	written  int           // values that were tried
+	wrote    []int         // those that an API server confirmed
 	seen     []int
 	rewatch  int
 
@@ -121,7 +124,21 @@ func begin(dial func(ctx context.Context, network, address string) (net.Conn, er
 	}
 	p.done.Go(func() { p.every(ctx, 200*time.Millisecond, targets[0], p.write) })
 	p.done.Go(func() { p.watch(ctx, targets[0]) })
+	p.done.Go(func() { p.lag(ctx) })
 	return p
+}
+
+// lag measures how late this machine is with what is due: what fails while it
+// stands still tells nothing about the cluster.
+func (p *probes) lag(ctx context.Context) {
+	const nap = 50 * time.Millisecond
+	for ctx.Err() == nil {
+		due := time.Now().Add(nap)
+		time.Sleep(nap)
+		p.mu.Lock()
+		p.late = max(p.late, time.Since(due))
+		p.mu.Unlock()
+	}
 }
 
 // end stops the probes and waits for them. A target that has not answered until
@@ -170,22 +187,26 @@ func (p *probes) every(ctx context.Context, interval time.Duration, t target, as
 		case <-tick.C:
 		}
 		under.Go(func() {
+			began := time.Now()
 			limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 			defer cancel()
 			err := ask(limited, p.client(t), t)
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			p.outcomes[t.name].note(err)
+			p.outcomes[t.name].note(began, err)
 		})
 	}
 }
 
-func (o *outcome) note(err error) {
+func (o *outcome) note(began time.Time, err error) {
 	o.total++
 	now := time.Now()
 	if err != nil {
 		o.failed++
 		o.reasons[short(err)]++
+		if len(o.failures) < 20 {
+			o.failures = append(o.failures, fmt.Sprintf("%s (after %.1f s) %s", began.Format("15:04:05.0"), now.Sub(began).Seconds(), short(err)))
+		}
 		return
 	}
 	o.longest = max(o.longest, now.Sub(o.last))
@@ -242,6 +263,11 @@ func (p *probes) write(ctx context.Context, c *http.Client, t target) error {
 	p.mu.Unlock()
 	body := fmt.Sprintf(`{"data":{"n-%d":"x","n-%d":null}}`, n, n-20)
 	_, err := p.call(ctx, c, t, http.MethodPatch, probed+"/probe", []byte(body))
+	if err == nil {
+		p.mu.Lock()
+		p.wrote = append(p.wrote, n)
+		p.mu.Unlock()
+	}
 	return err
 }
 
@@ -293,7 +319,7 @@ func (p *probes) watchOnce(ctx context.Context, t target, version string) string
 	}
 }
 
-// missed returns how many written values the watch never showed.
+// missed returns how many confirmed values the watch never showed.
 func (p *probes) missed() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -302,8 +328,8 @@ func (p *probes) missed() int {
 		seen[n] = true
 	}
 	missed := 0
-	for n := 1; n <= p.written-5; n++ { // the last ones may be on their way
-		if !seen[n] {
+	for _, n := range p.wrote {
+		if n <= p.written-5 && !seen[n] { // the last ones may be on their way
 			missed++
 		}
 	}
@@ -318,7 +344,11 @@ func (p *probes) String() string {
 	for _, name := range slices.Sorted(maps.Keys(p.outcomes)) {
 		o := p.outcomes[name]
 		fmt.Fprintf(&b, "%-14s %6d requests, %d failed, longest gap %.2f s %v\n", name, o.total, o.failed, o.longest.Seconds(), o.reasons)
+		for _, f := range o.failures {
+			fmt.Fprintf(&b, "               %s\n", f)
+		}
 	}
 	fmt.Fprintf(&b, "watch          %d writes, opened again %d times\n", p.written, p.rewatch)
+	fmt.Fprintf(&b, "this machine   was late by up to %.2f s\n", p.late.Seconds())
 	return b.String()
 }

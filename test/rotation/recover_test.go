@@ -3,6 +3,7 @@
 package rotation
 
 import (
+	"crypto/rand"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/pem"
@@ -54,8 +55,8 @@ func (c *cluster) endLeaves() {
 				path := pkiDir + file + ".crt"
 				c.write(n.Name, path, c.ended(n.Name, ca, c.certificate(n.Name, "cat "+path)))
 			}
-			for _, config := range []string{"admin", "super-admin", "controller-manager", "scheduler"} {
-				c.endKubeconfig(n.Name, "/etc/kubernetes/"+config+".conf")
+			for _, path := range strings.Fields(c.sh(n.Name, "grep -l client-certificate-data /etc/kubernetes/*.conf")) {
+				c.endKubeconfig(n.Name, path)
 			}
 		}
 		const pair = "/var/lib/kubelet/pki/kubelet-client-current.pem"
@@ -123,20 +124,82 @@ func (c *cluster) works() {
 	c.sh("master-0", kubectl+"delete pod --all --wait=false && "+kubectl+"rollout status deployment/probe --timeout=50s")
 }
 
-// TestCertificatesThatHaveEnded: everything is down, nothing can be asked, and
-// one command brings it back with the CAs that it had.
-func TestCertificatesThatHaveEnded(t *testing.T) {
-	c := up(t, 1, 1, "killpoints")
-	cas := func() string { return c.sh("master-0", "cd "+pkiDir+" && sha256sum ca.crt etcd/ca.crt front-proxy-ca.crt sa.pub") }
-	before := cas()
-	c.endLeaves()
-	c.restartAll()
-	c.dead()
-	if status := exit(t, c.rotate(nil, "--force")); status != 0 {
-		t.Fatalf("exit status %d; the kubelet says:\n%s", status, c.sh("master-0", "journalctl -u kubelet -n 120 --no-pager | cut -c1-400"))
+// endCAs makes every CA of every node one that ended yesterday, with the key that
+// it has, and tells all kubeconfigs of it.
+func (c *cluster) endCAs() {
+	c.t.Helper()
+	for _, ca := range []string{"ca", "etcd/ca", "front-proxy-ca"} {
+		old := c.certificate("master-0", "cat "+pkiDir+ca+".crt")
+		key, err := pki.ParseKey([]byte(c.sh("master-0", "cat "+pkiDir+ca+".key")))
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		next := *old
+		next.NotBefore, next.NotAfter = time.Now().Add(-11*365*24*time.Hour), time.Now().Add(-24*time.Hour)
+		der, err := x509.CreateCertificate(rand.Reader, &next, &next, key.Public(), key)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		text := pki.EncodeChain(der)
+		for _, n := range c.Nodes {
+			if n.Role == bed.RoleMaster || ca == "ca" {
+				c.write(n.Name, pkiDir+ca+".crt", text)
+			}
+			if ca == "ca" {
+				c.sh(n.Name, "sed -i 's|certificate-authority-data: .*|certificate-authority-data: "+base64.StdEncoding.EncodeToString(text)+"|' /etc/kubernetes/*.conf")
+			}
+		}
 	}
-	c.works()
-	if now := cas(); now != before {
-		t.Errorf("CAs that had not ended were replaced:\n%s\n%s", before, now)
+}
+
+// TestRecovery: everything is down and nothing can be asked, and one command
+// brings it back. What had not ended stays.
+func TestRecovery(t *testing.T) {
+	masters := 1
+	if deep() {
+		masters = 3
 	}
+	c := up(t, masters, 1, "killpoints")
+	cas := func() string {
+		return c.sh("master-0", "cd "+pkiDir+" && sha256sum ca.crt etcd/ca.crt front-proxy-ca.crt sa.pub")
+	}
+	recovers := func(t *testing.T, sameCAs bool) {
+		c := c.in(t)
+		before := cas()
+		c.dead()
+		if status, _ := c.call("--force"); status != 0 {
+			t.Fatalf("exit status %d; the kubelet says:\n%s", status, c.sh("master-0", "journalctl -u kubelet -n 120 --no-pager | cut -c1-400"))
+		}
+		c.works()
+		if now := cas(); sameCAs && now != before {
+			t.Errorf("CAs that had not ended were replaced:\n%s\n%s", before, now)
+		}
+		c.leavesNothingAtWork(t)
+		c.leavesNoSecret(t)
+	}
+	t.Run("every certificate has ended", func(t *testing.T) {
+		c.in(t).endLeaves()
+		c.in(t).restartAll()
+		recovers(t, true)
+	})
+	if !deep() || t.Failed() {
+		return
+	}
+	t.Run("every CA has ended", func(t *testing.T) {
+		old := c.admin()
+		c.in(t).endCAs()
+		c.in(t).endLeaves()
+		c.in(t).restartAll()
+		recovers(t, false)
+		c.in(t).adminChanged(old)
+	})
+	t.Run("no API server starts", func(t *testing.T) {
+		for _, n := range c.Nodes {
+			if n.Role == bed.RoleMaster { // a key that is not that of its certificate
+				c.in(t).sh(n.Name, "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 >"+pkiDir+"apiserver.key")
+			}
+		}
+		c.in(t).restartAll()
+		recovers(t, true)
+	})
 }

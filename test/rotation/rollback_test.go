@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"testing"
+	"time"
 
 	"keyfleet.dev/keyfleet/internal/journal"
 	"keyfleet.dev/keyfleet/internal/rotation"
@@ -70,7 +71,7 @@ func (c *cluster) killed(args ...string) {
 // it was.
 func (c *cluster) rollsBackFrom(t *testing.T, phase rotation.Phase) {
 	c = c.in(t)
-	before, told, old := c.disks(), c.roots(t), c.admin()
+	before, told, old, began := c.disks(), c.roots(t), c.admin(), time.Now()
 	c.stopsAfter(phase)
 	if status, _ := c.call("rollback", "--restart-pods"); status != 0 {
 		t.Fatalf("rollback ended with status %d", status)
@@ -79,6 +80,7 @@ func (c *cluster) rollsBackFrom(t *testing.T, phase rotation.Phase) {
 		t.Errorf("the journal says %+v", s)
 	}
 	c.asBefore(t, before)
+	c.runsWhatIsThere(t, began)
 	c.worksFor(t, old)
 	if now := c.roots(t); !maps.Equal(now, told) {
 		t.Errorf("clients are told of other CAs than before:\n%v\n%v", told, now)

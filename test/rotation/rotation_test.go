@@ -110,7 +110,12 @@ func (l logTo) Write(p []byte) (int, error) {
 // sh runs a script on a machine.
 func (c *cluster) sh(node, script string) string {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	return c.shWithin(time.Minute, node, script)
+}
+
+func (c *cluster) shWithin(limit time.Duration, node, script string) string {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	out, err := c.Exec(ctx, node, script)
 	if err != nil {
