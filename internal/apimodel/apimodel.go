@@ -50,6 +50,7 @@ type Model struct {
 	AgentPools          []AgentPool
 	WindowsSSH          bool // there is a Windows profile, and its nodes listen for SSH
 	WindowsUser         string
+	WindowsPassword     string // secret; empty: the file has none
 	// Profile holds the entries that the file has as text, and only those.
 	Profile Profile
 	// References are the entries that the file has as the address of a secret.
@@ -99,6 +100,7 @@ type file struct {
 		} `json:"linuxProfile"`
 		Windows *struct {
 			AdminUser string `json:"adminUsername"`
+			Password  string `json:"adminPassword"`
 			SSH       *bool  `json:"sshEnabled"`
 		} `json:"windowsProfile"`
 	} `json:"properties"`
@@ -181,7 +183,7 @@ func (f file) model() (*Model, error) {
 		m.AgentPools = append(m.AgentPools, AgentPool(pool))
 	}
 	if w := p.Windows; w != nil {
-		m.WindowsUser, m.WindowsSSH = w.AdminUser, w.SSH == nil || *w.SSH
+		m.WindowsUser, m.WindowsPassword, m.WindowsSSH = w.AdminUser, w.Password, w.SSH == nil || *w.SSH
 	}
 	return m, nil
 }

@@ -80,6 +80,19 @@ func TestWindowsNodesListenForSSHUnlessTheFileSaysNo(t *testing.T) {
 	}
 }
 
+// TestThePasswordOfWindowsNodesIsRead, and no printed form of the model has it.
+func TestThePasswordOfWindowsNodesIsRead(t *testing.T) {
+	m, err := Parse([]byte(`{"properties":{"masterProfile":{"count":1},"windowsProfile":{"adminUsername":"winuser","adminPassword":"hush-hush"}}}`))
+	if err != nil || m.WindowsUser != "winuser" || m.WindowsPassword != "hush-hush" {
+		t.Fatalf("the login of Windows nodes is not read: %v", err)
+	}
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q"} {
+		if text := fmt.Sprintf(verb, *m) + fmt.Sprintf(verb, m); strings.Contains(text, "hush") {
+			t.Errorf("%s prints the password: %s", verb, text)
+		}
+	}
+}
+
 func TestParseSaysWhatIsWrong(t *testing.T) {
 	const master = `"masterProfile":{"count":1}`
 	for _, tc := range []struct{ reason, text, code, at, want string }{

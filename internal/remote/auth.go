@@ -52,7 +52,7 @@ func (j *Jump) handshake(ctx context.Context, conn net.Conn, m machine) (*ssh.Cl
 	var refused error // what our check said, which the library wraps in words of its own
 	cfg := &ssh.ClientConfig{
 		User:              m.user,
-		Auth:              []ssh.AuthMethod{ssh.PublicKeys(j.signer)},
+		Auth:              j.auth(m),
 		HostKeyAlgorithms: j.keys.algorithms(m),
 		HostKeyCallback: func(_ string, _ net.Addr, key ssh.PublicKey) error {
 			hostKey, refused = key, j.keys.check(m, key)
@@ -71,6 +71,8 @@ func (j *Jump) handshake(ctx context.Context, conn net.Conn, m machine) (*ssh.Cl
 	switch {
 	case refused != nil:
 		return nil, nil, refused
+	case strings.Contains(err.Error(), "unable to authenticate") && m.windows:
+		return nil, nil, j.refusedLogin(m, err)
 	case strings.Contains(err.Error(), "unable to authenticate"):
 		return nil, nil, fault.New(fault.Unauthenticated, "", "%s (%s) does not let %s in with this key.", m.name, m.address, m.user).
 			WithFix("add the line %q to ~%s/.ssh/authorized_keys there, or give the key and the user that belong together",

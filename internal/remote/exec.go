@@ -63,7 +63,11 @@ func (l *link) exec(ctx context.Context, c command) (*outcome, error) {
 
 	// What the login shell and sudo print of their own accord ends where our mark is.
 	mark := "keyfleet-" + rand.Text()
-	program := base64.StdEncoding.EncodeToString([]byte("echo " + mark + "; echo " + mark + " >&2\n" + c.text))
+	announce := "echo " + mark + "; echo " + mark + " >&2\n"
+	if l.machine.windows {
+		announce = windowsMark(mark)
+	}
+	program := base64.StdEncoding.EncodeToString([]byte(announce + c.text))
 	stdin := io.Reader(strings.NewReader(fmt.Sprintf("%d\n%s", len(program), program)))
 	if c.stdin != nil {
 		g := &gate{r: c.stdin}
@@ -107,7 +111,9 @@ func (l *link) open(ctx context.Context, client *ssh.Client) (*ssh.Session, erro
 // start begins the one command line. As long as it fails, nothing has run.
 func (l *link) start(ctx context.Context, client *ssh.Client, session *ssh.Session, root bool) error {
 	line := bootstrap
-	if root && l.machine.user != "root" {
+	if l.machine.windows {
+		line = windowsLine()
+	} else if root && l.machine.user != "root" {
 		line = "sudo -n " + bootstrap
 	}
 	_, err := within(ctx, l, client, func() (struct{}, error) { return struct{}{}, session.Start(line) }, func(struct{}) {})
@@ -200,6 +206,9 @@ func (l *link) tooMuch() error {
 // didNotRun explains why a program did not even begin.
 func (l *link) didNotRun(root bool, status int, stderr string) error {
 	m := l.machine
+	if m.windows {
+		return l.didNotRunWindows(status, stderr)
+	}
 	if root && m.user != "root" && strings.Contains(stderr, "sudo") {
 		return fault.New(fault.Denied, "", "%s may not act as root on %s (%s) without being asked for a password: %s", m.user, m.name, m.address, lastLines(stderr, 2)).
 			WithFix(`put "%s ALL=(ALL) NOPASSWD:ALL" into /etc/sudoers.d/keyfleet there, or log in as root`, m.user)

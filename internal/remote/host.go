@@ -27,7 +27,11 @@ const (
 )
 
 func newHost(name string, l *link, cfg Config) *Host {
-	return &Host{name: name, link: l, log: cfg.Log, work: cfg.WorkDir}
+	log := cfg.Log
+	if l != nil && l.machine.windows {
+		log = windowsLog
+	}
+	return &Host{name: name, link: l, log: log, work: cfg.WorkDir}
 }
 
 // Name is the name of the node.
@@ -41,6 +45,9 @@ func (h *Host) Name() string { return h.name }
 func (h *Host) Run(ctx context.Context, s rotation.Script) ([]byte, error) {
 	if err := checkScript(s); err != nil {
 		return nil, err
+	}
+	if h.link.machine.windows {
+		return h.runWindows(ctx, s)
 	}
 	if s.Finishes {
 		return h.finish(ctx, s)

@@ -27,6 +27,9 @@ func (h *Host) Put(ctx context.Context, file string, content io.Reader, mode fs.
 	if !path.IsAbs(file) || path.Clean(file) != file || strings.ContainsRune(file, 0) || mode&^fs.ModePerm != 0 {
 		return fault.New(fault.Invalid, "", "%q with mode %v is not a file that can be put on a machine.", file, mode)
 	}
+	if h.link.machine.windows {
+		return fault.New(fault.Invalid, "", "%s runs Windows, where files come with scripts: %s is not put there.", h.name, file)
+	}
 	again, size, hash, err := measure(content)
 	if err != nil {
 		return fmt.Errorf("reading what becomes %s on %s: %w", file, h.name, err)

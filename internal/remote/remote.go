@@ -28,6 +28,7 @@
 package remote
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -61,6 +62,10 @@ type Config struct {
 	// key must be known before anything is seen through it, and once for all the
 	// others. nil: they are refused, and the refusal names them all.
 	Confirm func(unknown []Fingerprint) (bool, error)
+	// WindowsUser and WindowsPassword log in to machines with Windows, the password where
+	// the key is not known; empty: User, and the key alone.
+	WindowsUser, WindowsPassword string
+
 	Timeout time.Duration // of making one connection; zero: 15 s
 	Log     string        // on the machines; empty: /var/log/azure/rotate-certs.log
 	WorkDir string        // on the machines, only for root; empty: /var/lib/keyfleet/rotate-certs
@@ -72,6 +77,7 @@ type Config struct {
 type Target struct {
 	Name    string // of the node, as Kubernetes knows it
 	Address string // as the jump host reaches it, in a form that [ParseAddress] reads. Its host key is known under it
+	Windows bool   // it runs Windows: scripts are PowerShell, see windows.go
 }
 
 // Jump is a jump host, and the way to all that can be reached from it. It is safe
@@ -91,6 +97,7 @@ type Jump struct {
 // machine is one end of an SSH connection.
 type machine struct {
 	name, address, user string // address: host:port
+	windows             bool
 }
 
 // abreast is how many machines are dialled at the same time.
@@ -251,9 +258,12 @@ func (j *Jump) to(t Target, own []string) (*link, error) {
 	}
 	if user == "" {
 		user = j.cfg.User
+		if t.Windows {
+			user = cmp.Or(j.cfg.WindowsUser, user)
+		}
 	}
-	m := machine{name: t.Name, address: address, user: user}
-	if self, err := j.isSelf(m, own); self || err != nil {
+	m := machine{name: t.Name, address: address, user: user, windows: t.Windows}
+	if self, err := j.isSelf(m, own); self && !m.windows || err != nil {
 		return j.link, err
 	}
 	j.mu.Lock()

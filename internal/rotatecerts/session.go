@@ -73,6 +73,7 @@ func (c *command) connect(ctx context.Context, s *session) error {
 		return err
 	}
 	cfg := remote.Config{Address: c.o.sshHost, User: c.sshUser(s), Key: key, Passphrase: passphrase, KnownHosts: c.o.knownHosts}
+	s.windowsLogin(&cfg)
 	if c.Ask != nil {
 		cfg.Confirm = c.confirm
 	}
@@ -109,9 +110,12 @@ func (c *command) detect(ctx context.Context, s *session) error {
 
 // reach opens every node.
 func (s *session) reach(ctx context.Context, nodes []rotation.Node) error {
+	if err := s.checkWindows(nodes); err != nil {
+		return err
+	}
 	var targets []remote.Target
 	for _, n := range nodes {
-		targets = append(targets, remote.Target{Name: n.Name, Address: n.Address})
+		targets = append(targets, remote.Target{Name: n.Name, Address: n.Address, Windows: n.OS == "windows"})
 	}
 	hosts, err := s.jump.Hosts(ctx, targets)
 	if err != nil {

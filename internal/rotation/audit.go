@@ -115,11 +115,12 @@ func (e *Engine) freshCerts(ctx context.Context, api API) (map[string]bool, erro
 		return nil, err
 	}
 	for _, m := range now.Machines {
-		for _, f := range e.Layout.of(m.Master) {
+		l := e.Layout.on(m.Node)
+		for _, f := range l.of(m.Master) {
 			if m.Files[f.Path].Absent || f.Holds != LeafCert && f.Holds != Kubeconfig && f.Holds != KubeletPair {
 				continue
 			}
-			cert, err := e.Layout.certificate(m.Files[f.Path])
+			cert, err := l.certificate(m.Files[f.Path])
 			if err != nil {
 				return nil, err
 			}

@@ -16,7 +16,7 @@ import (
 // machines over SSH (package remote), the Kubernetes API (package kube) and the
 // cluster's own etcd (package etcdadmin). Those packages satisfy them.
 
-// Host is one machine of the cluster. All calls act as root there. It is safe
+// Host is one machine of the cluster. All calls act as root there, or as an administrator. It is safe
 // for concurrent use.
 type Host interface {
 	// Name is the name of the node, as Kubernetes knows it.
@@ -30,7 +30,9 @@ type Host interface {
 	Put(ctx context.Context, path string, content io.Reader, mode fs.FileMode) error
 }
 
-// Script is a POSIX shell script, run with "set -eu".
+// Script is a POSIX shell script, run with "set -eu"; on a machine with Windows it is
+// PowerShell in strict mode, with $argv and $stdin, that ends when a command fails. An
+// exception may have its exit status in Data['status'].
 type Script struct {
 	Name    string        // what it does, for the log of the machine and for errors: "restart etcd"
 	Text    string        // never holds a secret; secrets come by Input

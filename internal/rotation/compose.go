@@ -3,6 +3,7 @@ package rotation
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/x509"
 	"fmt"
@@ -39,7 +40,8 @@ func (l Layout) stagesOf(s Scope, f File) []Stage {
 }
 
 // from says from which tree a file is taken to be as it must be at a stage:
-// that of the last change; "absent" where it must not be.
+// that of the last change; "absent" where it must not be; "renewed" and "back" for
+// what is moved away and brought back.
 func (l Layout) from(s Scope, f File, at Stage) string {
 	last := Old
 	for _, st := range l.stagesOf(s, f) {
@@ -49,6 +51,9 @@ func (l Layout) from(s Scope, f File, at Stage) string {
 	}
 	if f.Added && (last == Old || last == Retired) {
 		return "absent"
+	}
+	if f.Holds == Renewed {
+		return map[bool]string{true: "back", false: "renewed"}[last == Old]
 	}
 	return last.String()
 }
@@ -134,6 +139,7 @@ func (t *trees) verb(verb string, at Stage, p, key string) {
 
 // compose makes the trees of a machine. public are its new keys by name.
 func compose(l Layout, s Scope, m Machine, mat *Material, public map[string]crypto.PublicKey, run string, now time.Time) (*trees, error) {
+	l = l.on(m.Node)
 	t := newTrees()
 	wants, err := l.keysOf(s, m, false)
 	if err != nil {
@@ -232,6 +238,8 @@ func composeFile(t *trees, l Layout, s Scope, m Machine, f File, at Stage, mat *
 		}
 		t.verb("append", at, pair, keyName(f.Path))
 		return t.add(at, f.Path, nil, pair)
+	case Renewed:
+		return nil // its owner makes it
 	case Manifest:
 		text, err := remark(m.Files[f.Path].Content, l, s, f.Path, at, run)
 		if err != nil {
@@ -252,7 +260,11 @@ func composeKubeconfig(t *trees, m Machine, f File, at Stage, mat *Material, cer
 	if at == Switched {
 		roots = ca.both()
 	}
-	text, err := k.with(roots, certs[f.Path], mat.Shared[f.Path].Key)
+	carrier := cmp.Or(f.Same, f.Path)
+	if f.Same != "" && (k.clientCert == nil || certs[carrier] == nil) {
+		return fmt.Errorf("it does not embed the certificate that all machines share, or there is no new one")
+	}
+	text, err := k.with(roots, certs[carrier], mat.Shared[carrier].Key)
 	if err != nil {
 		return err
 	}

@@ -17,8 +17,13 @@ func fit(o Observation, s Scope) error {
 		return fault.New(fault.Invalid, "NoMasters", "No node has a control plane.")
 	}
 	for _, m := range o.Machines {
+		if m.OS == windowsOS {
+			if err := fitWindows(m); err != nil {
+				return err
+			}
+		}
 		for _, tool := range []string{"openssl", "sha256sum", "base64", "tar", "curl"} {
-			if !m.Facts.has(tool) && (m.Master || tool != "curl") {
+			if m.OS != windowsOS && !m.Facts.has(tool) && (m.Master || tool != "curl") {
 				return fault.New(fault.Precondition, "MissingProgram", "%s has no program %s.", m.Name, tool).WithFix("install it there")
 			}
 		}
@@ -32,7 +37,7 @@ func fit(o Observation, s Scope) error {
 			return fault.New(fault.Conflict, "UnfinishedRotation", "%s has the files of rotation %s, which is not finished.", m.Name, run).
 				WithFix("finish it or roll it back: put %s/%s/journal of that machine into DIR/%s/journal and go on with --run-dir DIR", baseDir, run, run)
 		}
-		for _, f := range o.Layout.of(m.Master) {
+		for _, f := range o.Layout.on(m.Node).of(m.Master) {
 			if s.Cluster && f.Holds == Manifest && strings.Contains(string(m.Files[f.Path].Content), "--kubelet-certificate-authority=") {
 				if err := kubeletsVerified(o, s, m); err != nil {
 					return err
@@ -60,7 +65,7 @@ func kubeletsVerified(o Observation, s Scope, master Machine) error {
 			WithFix("rotate the keys of service accounts with it (--only cluster-ca,service-account-keys), or everything")
 	}
 	for _, m := range o.Machines {
-		if !slices.ContainsFunc(o.Layout.of(m.Master), func(f File) bool { return f.Served && !m.Files[f.Path].Absent }) {
+		if !slices.ContainsFunc(o.Layout.on(m.Node).of(m.Master), func(f File) bool { return f.Served && !m.Files[f.Path].Absent }) {
 			return fault.New(fault.Precondition, "KubeletsVerified", "The API server of %s verifies the certificates of kubelets, and that of %s has none that we know how to renew.", master.Name, m.Name).
 				WithFix("let its kubelet ask for one (serverTLSBootstrap), or take --kubelet-certificate-authority out for the rotation")
 		}

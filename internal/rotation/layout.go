@@ -22,6 +22,8 @@ type Layout struct {
 	Login string
 	// Copies stand in etcd.
 	Copies []Copy
+	// Windows is what Windows workers have; nil: the layout has none.
+	Windows *Windows
 }
 
 // Copy is a key of etcd that holds what a file holds.
@@ -60,6 +62,7 @@ type Holds int
 //	                                old+new      new
 //	KubeletPair   old    old        new          new        (a link to a dated file)
 //	Manifest      old    marked     marked       marked     (of a static pod)
+//	Renewed       old    old        -            -          (moved away; its owner gets another)
 const (
 	Roots Holds = iota
 	RootKey
@@ -74,6 +77,7 @@ const (
 	Kubeconfig
 	KubeletPair
 	Manifest
+	Renewed
 )
 
 // Role is a sort of machine.
@@ -94,7 +98,7 @@ type File struct {
 	Authority Authority
 	On        Role
 	Optional  bool
-	// Pair is the certificate's file, of a LeafKey, LeafTokenKey or IssuerKey.
+	// Pair is the certificate's file, of a LeafKey, LeafTokenKey, IssuerKey or Renewed key.
 	Pair string
 	// Served says that a KubeletPair is shown to clients, so that it comes with the
 	// cross certificate; the kubelet drops that when it next renews the pair.
@@ -105,6 +109,8 @@ type File struct {
 	// Entry is its name in the certificate profile of the API model, KeyEntry that of
 	// the private key of a kubeconfig; empty: it is not there.
 	Entry, KeyEntry string
+	// Same is the key file of the shared pair that a kubeconfig embeds; empty: it has its own.
+	Same string
 	// Added says that the file is not there before and after a rotation.
 	Added bool
 }

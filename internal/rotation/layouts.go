@@ -121,6 +121,7 @@ func AKSEngine(masters int, admin string) Layout {
 			{Key: "/proxycerts/proxy-client-cert-file", Path: certs + "proxy.crt"},
 			{Key: "/proxycerts/proxy-client-key-file", Path: certs + "proxy.key"},
 		},
+		Windows: aksEngineWindows(certs + "client.key"),
 	}
 	pair := func(name string, on Role, by Authority, key Holds, entry, keyEntry string) {
 		l.Files = append(l.Files,
@@ -136,4 +137,24 @@ func AKSEngine(masters int, admin string) Layout {
 	}
 	pair("proxy", Masters, FrontProxyCA, LeafKey, "", "")
 	return l
+}
+
+// aksEngineWindows is what its Windows workers have: the certificate that all machines
+// share stands in one kubeconfig, for the kubelet and for kube-proxy.
+func aksEngineWindows(client string) *Windows {
+	const k, kubelet = `c:\k\`, `c:\var\lib\kubelet\pki\`
+	return &Windows{
+		Dir: k + "rotate-certs",
+		Files: []File{
+			{Path: k + "ca.crt", Holds: Roots, Authority: ClusterCA},
+			{Path: k + "config", Holds: Kubeconfig, Authority: ClusterCA, Shared: true, Same: client},
+			{Path: kubelet + "kubelet-client-current.pem", Holds: Renewed, Authority: ClusterCA, Optional: true},
+			{Path: kubelet + "kubelet.key", Holds: Renewed, Pair: kubelet + "kubelet.crt", Optional: true},
+			{Path: kubelet + "kubelet.crt", Holds: Renewed, Optional: true},
+		},
+		Components: []Component{
+			{Name: "kubelet", Unit: "kubelet", Once: []string{k + "config", kubelet + "kubelet-client-current.pem", kubelet + "kubelet.key", kubelet + "kubelet.crt"}},
+			{Name: "kube-proxy", Unit: "kubeproxy", Once: []string{k + "config"}},
+		},
+	}
 }

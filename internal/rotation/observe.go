@@ -91,7 +91,7 @@ func (o Observation) machine(name string) Machine {
 // Detect tells which layout a master has.
 func Detect(ctx context.Context, h Host, layouts []Layout) (Layout, error) {
 	for _, l := range layouts {
-		found, err := look(ctx, h, l.Marks, func(string) string { return "none" })
+		found, err := look(ctx, h, l.dialect(Node{}), l.Marks, func(string) string { return "none" })
 		if err != nil {
 			return Layout{}, err
 		}
@@ -114,11 +114,10 @@ func Detect(ctx context.Context, h Host, layouts []Layout) (Layout, error) {
 // Observe looks at every machine.
 func Observe(ctx context.Context, l Layout, nodes []Node, hosts map[string]Host, now time.Time) (Observation, error) {
 	o := Observation{At: now, Layout: l}
+	if err := CheckWindows(l, nodes); err != nil {
+		return o, err
+	}
 	for _, n := range nodes {
-		if n.OS == "windows" {
-			return o, fault.New(fault.Invalid, "WindowsNode", "Node %s runs Windows, which this version does not rotate: it would be lost when the old CA retires.", n.Name).
-				WithFix("take it out of the cluster for the rotation; see docs/roadmap.md")
-		}
 		h := hosts[n.Name]
 		if h == nil {
 			return o, fault.New(fault.Unavailable, "", "Node %s cannot be reached.", n.Name)
@@ -143,7 +142,9 @@ func Observe(ctx context.Context, l Layout, nodes []Node, hosts map[string]Host,
 
 func observe(ctx context.Context, l Layout, n Node, h Host) (Machine, error) {
 	m := Machine{Node: n}
-	facts, err := h.Run(ctx, Script{Name: "look at the machine", Text: factsScript, Args: []string{baseDir}, Quiet: true})
+	l = l.on(n)
+	d := l.dialect(n)
+	facts, err := h.Run(ctx, Script{Name: "look at the machine", Text: d.facts, Args: []string{d.dir}, Quiet: true})
 	if err != nil {
 		return m, err
 	}
@@ -152,7 +153,7 @@ func observe(ctx context.Context, l Layout, n Node, h Host) (Machine, error) {
 	for _, f := range l.of(n.Master) {
 		paths = append(paths, f.Path)
 	}
-	if m.Files, err = look(ctx, h, paths, func(p string) string { return howToLook(l.file(p).Holds) }); err != nil {
+	if m.Files, err = look(ctx, h, d, paths, func(p string) string { return howToLook(l.file(p)) }); err != nil {
 		return m, err
 	}
 	for path, f := range m.Files {
@@ -188,24 +189,26 @@ func withoutKey(text []byte) ([]byte, error) {
 }
 
 // howToLook says how lookScript shows a file.
-func howToLook(h Holds) string {
-	switch h {
+func howToLook(f File) string {
+	switch f.Holds {
 	case Roots, IssuerCert, LeafCert, SelfCert, TokenPublic, Manifest:
 		return "plain"
-	case KubeletPair:
-		return "cert"
+	case KubeletPair, Renewed:
+		if f.Pair == "" {
+			return "cert"
+		}
 	case Kubeconfig:
 		return "config"
 	}
 	return "none"
 }
 
-func look(ctx context.Context, h Host, paths []string, how func(string) string) (map[string]FileState, error) {
+func look(ctx context.Context, h Host, d dialect, paths []string, how func(string) string) (map[string]FileState, error) {
 	args := make([]string, len(paths))
 	for i, p := range paths {
 		args[i] = how(p) + ":" + p
 	}
-	out, err := h.Run(ctx, Script{Name: "look at files", Text: lookScript, Args: args, Quiet: true})
+	out, err := h.Run(ctx, Script{Name: "look at files", Text: d.look, Args: args, Quiet: true})
 	if err != nil {
 		return nil, err
 	}

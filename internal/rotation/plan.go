@@ -98,7 +98,7 @@ func words(all []string) string {
 func summary(paths []string) string {
 	var out []string
 	for _, p := range paths {
-		out = append(out, p[strings.LastIndex(p, "/")+1:])
+		out = append(out, p[strings.LastIndexAny(p, `/\`)+1:])
 	}
 	if len(out) > 4 {
 		return fmt.Sprintf("%s and %d more", strings.Join(out[:3], ", "), len(out)-3)
@@ -148,6 +148,7 @@ func MakePlan(o Observation, s Scope, run string) (Plan, error) {
 		p.Nodes = append(p.Nodes, m.Node)
 	}
 	b := &planner{o: o, l: o.Layout, s: s, plan: &p}
+	b.windows()
 	b.prepare()
 	if s.Apart {
 		b.recover()
@@ -184,8 +185,9 @@ func (b *planner) add(s Step) { b.plan.Steps = append(b.plan.Steps, s) }
 // place adds a step that places those of the files that change at the stage.
 func (b *planner) place(ph Phase, at Stage, m Machine, kinds ...Holds) {
 	var paths []string
-	for _, p := range b.l.paths(m.Master, kinds...) {
-		if b.l.changes(b.s, b.l.file(p), at) && (!m.Files[p].Absent || b.l.file(p).Added) {
+	l := b.l.on(m.Node)
+	for _, p := range l.paths(m.Master, kinds...) {
+		if l.changes(b.s, l.file(p), at) && (!m.Files[p].Absent || l.file(p).Added) {
 			paths = append(paths, p)
 		}
 	}
@@ -198,7 +200,7 @@ func (b *planner) place(ph Phase, at Stage, m Machine, kinds ...Holds) {
 // restart at this stage.
 func (b *planner) restart(ph Phase, at Stage, m Machine, names ...string) {
 	var restarts []string
-	for _, c := range b.l.restarts(b.s, at, m.Master) {
+	for _, c := range b.l.on(m.Node).restarts(b.s, at, m.Master) {
 		if slices.Contains(names, c.Name) {
 			restarts = append(restarts, c.Name)
 		}
@@ -315,16 +317,17 @@ func (b *planner) kubeconfigs(ph Phase, at Stage, m Machine) {
 // the node go on.
 func (b *planner) kubelet(ph Phase, at Stage, m Machine) {
 	var paths []string
-	for _, p := range b.l.component("kubelet").Once {
-		f := b.l.file(p)
-		if (f.Holds == Kubeconfig || f.Holds == KubeletPair) && b.l.changes(b.s, f, at) && !m.Files[p].Absent {
+	l := b.l.on(m.Node)
+	for _, p := range l.component("kubelet").Once {
+		f := l.file(p)
+		if (f.Holds == Kubeconfig || f.Holds == KubeletPair || f.Holds == Renewed) && l.changes(b.s, f, at) && !m.Files[p].Absent {
 			paths = append(paths, p)
 		}
 	}
 	if len(paths) > 0 {
 		b.add(Step{Phase: ph, Verb: Place, Node: m.Name, Stage: at, Paths: paths})
 	}
-	b.restart(ph, at, m, "kubelet")
+	b.restart(ph, at, m, l.workerPrograms()...)
 }
 
 // copies adds a step that makes the copies in etcd follow their files.

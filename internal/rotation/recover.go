@@ -52,12 +52,13 @@ func (s *Scope) renew(a Authority) {
 // more, so that nothing can overlap: everything is placed everywhere, then what reads it
 // restarts, from etcd upwards. It needs no API until there is one again.
 func (b *planner) recover() {
-	kinds := []Holds{Roots, RootKey, TokenPublic, TokenKey, LeafTokenKey, LeafKey, LeafCert, SelfCert, Kubeconfig, KubeletPair}
+	kinds := []Holds{Roots, RootKey, TokenPublic, TokenKey, LeafTokenKey, LeafKey, LeafCert, SelfCert, Kubeconfig, KubeletPair, Renewed}
 	before := len(b.plan.Steps)
 	for _, m := range b.o.Machines {
 		var paths []string
-		for _, p := range b.l.paths(m.Master, kinds...) {
-			if len(b.l.stages(b.s, b.l.file(p))) > 0 && !m.Files[p].Absent {
+		l := b.l.on(m.Node)
+		for _, p := range l.paths(m.Master, kinds...) {
+			if len(l.stages(b.s, l.file(p))) > 0 && !m.Files[p].Absent {
 				paths = append(paths, p)
 			}
 		}
@@ -74,7 +75,7 @@ func (b *planner) recover() {
 	b.add(Step{Phase: Switch, Verb: APIUp})
 	for _, m := range b.o.Machines {
 		if !m.Master {
-			restart(m, "kubelet")
+			restart(m, b.l.on(m.Node).workerPrograms()...)
 		}
 	}
 	b.add(Step{Phase: Switch, Verb: AllReady})

@@ -3,6 +3,7 @@ package rotation
 import (
 	"crypto/x509"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -32,18 +33,19 @@ func Compare(before, after Observation) ([]Change, error) {
 	var out []Change
 	for _, m := range before.Machines {
 		now := after.machine(m.Name)
-		for _, f := range before.Layout.of(m.Master) {
-			switch f.Holds {
-			case Roots, LeafCert, SelfCert, Kubeconfig, KubeletPair:
+		l := before.Layout.on(m.Node)
+		for _, f := range l.of(m.Master) {
+			switch {
+			case slices.Contains([]Holds{Roots, LeafCert, SelfCert, Kubeconfig, KubeletPair}, f.Holds), f.Holds == Renewed && f.Pair == "":
 			default:
 				continue
 			}
 			c := Change{Node: m.Name, File: f.Path}
 			var err error
-			if c.Before, err = before.Layout.describe(m.Files[f.Path]); err != nil {
+			if c.Before, err = l.describe(m.Files[f.Path]); err != nil {
 				return nil, err
 			}
-			if c.After, err = before.Layout.describe(now.Files[f.Path]); err != nil {
+			if c.After, err = l.describe(now.Files[f.Path]); err != nil {
 				return nil, err
 			}
 			if c.Before != nil || c.After != nil {

@@ -15,9 +15,10 @@ import (
 // restarted reports whether the components run as they must at a stage: their
 // manifest is in place, and they began after the last change of what they read once.
 func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) {
+	l := e.layoutOn(s.Node)
 	for _, name := range s.Components {
-		c := e.Layout.component(name)
-		files := slices.Clone(c.Once)
+		c := l.component(name)
+		files := l.readOnce(c)
 		if c.Signs != "" {
 			files = append(files, c.Signs)
 		}
@@ -31,7 +32,7 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 		if s.Whole && name != "kubelet" { // which starts the others when it can
 			continue
 		}
-		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: startedScript, Args: append([]string{name}, files...), Quiet: true})
+		out, err := e.Hosts[s.Node].Run(ctx, Script{Name: "look at " + name, Text: e.on(s.Node).started, Args: append([]string{name}, files...), Quiet: true})
 		if err != nil || strings.TrimSpace(string(out)) != "yes" {
 			return false, err
 		}
@@ -49,6 +50,9 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 // restart restarts components of a machine so that they run as at the stage.
 func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 	m := e.Observed.machine(s.Node)
+	if m.OS == windowsOS {
+		return e.restartServices(ctx, s)
+	}
 	if len(s.Components) == 1 && s.Components[0] == "kubelet" {
 		c := e.Layout.component("kubelet")
 		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
@@ -93,11 +97,12 @@ func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 // steps that placed them are undone after this one.
 func (e *Engine) restartBack(ctx context.Context, s Step) error {
 	read := map[string]bool{}
+	l := e.layoutOn(s.Node)
 	for _, name := range s.Components {
-		c := e.Layout.component(name)
+		c := l.component(name)
 		for _, p := range append(slices.Clone(c.Once), c.Signs) {
 			if p != "" {
-				read[p], read[e.Layout.keyOf(p).Path] = true, true
+				read[p], read[l.keyOf(p).Path] = true, true
 			}
 		}
 	}

@@ -164,7 +164,7 @@ func (e *Engine) Rollback(ctx context.Context) error {
 // command would be given again and begin another rotation. Its lock ends by itself.
 func (e *Engine) release(ctx context.Context) {
 	for _, n := range e.Plan.Nodes {
-		if _, err := e.Hosts[n.Name].Run(ctx, Script{Name: "give back the lock", Text: releaseScript, Args: []string{e.dir(), e.token}, Quiet: true}); err != nil {
+		if _, err := e.Hosts[n.Name].Run(ctx, Script{Name: "give back the lock", Text: e.on(n.Name).release, Args: []string{e.dirOn(n.Name), e.token}, Quiet: true}); err != nil {
 			e.note("the lock of %s could not be given back, and ends by itself: %v", n.Name, err)
 		}
 	}
@@ -208,7 +208,7 @@ func (e *Engine) lock(ctx context.Context, node string) error {
 	if e.TakeOver {
 		take = "yes"
 	}
-	out, err := e.Hosts[node].Run(ctx, Script{Name: "take the lock", Text: lockScript, Args: []string{e.dir(), e.token, take, e.Who}, Quiet: true})
+	out, err := e.Hosts[node].Run(ctx, Script{Name: "take the lock", Text: e.on(node).lock, Args: []string{e.dirOn(node), e.token, take, e.Who}, Quiet: true})
 	if err != nil {
 		return fmt.Errorf("taking the lock of %s: %w", node, err)
 	}
@@ -219,7 +219,7 @@ func (e *Engine) lock(ctx context.Context, node string) error {
 	return nil
 }
 
-// dir is the folder of this rotation on every machine.
+// dir is the folder of this rotation on every machine that runs Linux.
 func (e *Engine) dir() string { return baseDir + "/" + e.Plan.Run }
 
 // steps turns the plan into steps of the journal.
@@ -242,9 +242,9 @@ func (e *Engine) note(format string, args ...any) {
 // that Finishes is the neighbour of the machine.
 func (e *Engine) change(ctx context.Context, node string, s Script) ([]byte, error) {
 	if s.Finishes {
-		s.Args, s.Input = append([]string{e.dir()}, s.Args...), []byte(e.token+" "+string(s.Input)+"\n")
+		s.Args, s.Input = append([]string{e.dirOn(node)}, s.Args...), []byte(e.token+" "+string(s.Input)+"\n")
 	} else {
-		s.Args = append([]string{e.dir(), e.token}, s.Args...)
+		s.Args = append([]string{e.dirOn(node), e.token}, s.Args...)
 	}
 	var out []byte
 	err := effect.Do(s.Name+" on "+node, func() (err error) {

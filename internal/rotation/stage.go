@@ -136,7 +136,7 @@ func (l Layout) stages(s Scope, f File) []Stage {
 			return []Stage{Switched, Retired} // retired: without the cross certificate, and without the old root
 		}
 		return when(l.reissues(s, f), Switched)
-	case LeafKey, SelfCert, KubeletPair:
+	case LeafKey, SelfCert, KubeletPair, Renewed:
 		return when(l.reissues(s, f), Switched)
 	case TokenKey:
 		return when(s.Tokens, Switched)

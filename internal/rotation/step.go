@@ -94,14 +94,8 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 }
 
 func (e *Engine) backUp(ctx context.Context, node string) error {
-	m := e.Observed.machine(node)
-	var paths []string
-	for _, f := range e.Layout.of(m.Master) {
-		if !m.Files[f.Path].Absent {
-			paths = append(paths, f.Path)
-		}
-	}
-	_, err := e.change(ctx, node, Script{Name: "back up", Text: backupScript, Args: paths})
+	paths := e.layoutOn(node).kept(e.Observed.machine(node))
+	_, err := e.change(ctx, node, Script{Name: "back up", Text: e.on(node).backUp, Args: paths})
 	return err
 }
 
@@ -198,7 +192,7 @@ func (e *Engine) read(ctx context.Context, node, path string) ([]byte, error) {
 // stage makes keys on a machine, issues certificates for them, and sends the trees.
 func (e *Engine) stage(ctx context.Context, node string) error {
 	m := e.Observed.machine(node)
-	wants, err := e.Layout.keysOf(e.Plan.Scope, m, false)
+	wants, err := e.layoutOn(node).keysOf(e.Plan.Scope, m, false)
 	if err != nil {
 		return err
 	}
@@ -220,7 +214,11 @@ func (e *Engine) stage(ctx context.Context, node string) error {
 	if err != nil {
 		return err
 	}
-	_, err = e.change(ctx, node, Script{Name: "stage files", Text: stageScript, Args: t.verbs, Input: t.tar.Bytes()})
+	input, err := e.packed(node, t)
+	if err != nil {
+		return err
+	}
+	_, err = e.change(ctx, node, Script{Name: "stage files", Text: e.on(node).stage, Args: t.verbs, Input: input})
 	return err
 }
 
@@ -260,9 +258,10 @@ func (e *Engine) publish(ctx context.Context) error {
 // placements are the arguments of placeScript for files as they must be at a stage.
 func (e *Engine) placements(node string, paths []string, at Stage) []string {
 	var out []string
+	l := e.layoutOn(node)
 	for _, p := range paths {
-		f := e.Layout.file(p)
-		from := e.Layout.from(e.Plan.Scope, f, at)
+		f := l.file(p)
+		from := l.from(e.Plan.Scope, f, at)
 		pair := dated(p, e.Plan.Run)
 		if f.Holds == KubeletPair && from == Switched.String() { // what the link leads to comes first
 			out = append(out, from+":"+pair)
@@ -276,17 +275,17 @@ func (e *Engine) placements(node string, paths []string, at Stage) []string {
 }
 
 func (e *Engine) placed(ctx context.Context, node string, args []string) (bool, error) {
-	out, err := e.Hosts[node].Run(ctx, Script{Name: "check files", Text: placedScript, Args: append([]string{e.dir()}, args...), Quiet: true})
+	out, err := e.Hosts[node].Run(ctx, Script{Name: "check files", Text: e.on(node).placed, Args: append([]string{e.dirOn(node)}, args...), Quiet: true})
 	return strings.TrimSpace(string(out)) == "yes", err
 }
 
 func (e *Engine) place(ctx context.Context, s Step, args []string) error {
-	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: placeScript, Args: args})
+	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: e.on(s.Node).place, Args: args})
 	return err
 }
 
 func (e *Engine) clean(ctx context.Context, node string) error {
-	_, err := e.change(ctx, node, Script{Name: "clean up", Text: cleanScript})
+	_, err := e.change(ctx, node, Script{Name: "clean up", Text: e.on(node).clean})
 	return err
 }
 
