@@ -121,14 +121,27 @@ func (e *Engine) objects(ctx context.Context, at Stage) error {
 	case Retired:
 		roots = s.New
 	}
-	if err := e.clusterInfo(ctx, api, roots); err != nil {
-		return err
+	if s.renewed() {
+		if err := e.clusterInfo(ctx, api, roots); err != nil {
+			return err
+		}
+		if err := bundles(ctx, api, s, roots); err != nil {
+			return err
+		}
 	}
-	bundles, err := api.CABundles(ctx)
+	if at != Retired {
+		return nil
+	}
+	return e.rebuildTrust(ctx, api, func(s *Succession) []byte { return s.Old })
+}
+
+// bundles changes the CA bundles of webhooks and APIServices that hold the cluster's CA.
+func bundles(ctx context.Context, api API, s *Succession, roots []byte) error {
+	all, err := api.CABundles(ctx)
 	if err != nil {
 		return err
 	}
-	for _, b := range bundles {
+	for _, b := range all {
 		next, ok := replaceRoots(b.PEM, s, roots)
 		if !ok || sameCerts(next, b.PEM) {
 			continue
@@ -138,10 +151,7 @@ func (e *Engine) objects(ctx context.Context, at Stage) error {
 			return fmt.Errorf("the CA bundle of %s %s: %w", b.Kind, b.Name, err)
 		}
 	}
-	if at != Retired {
-		return nil
-	}
-	return e.rebuildTrust(ctx, api, func(s *Succession) []byte { return s.Old })
+	return nil
 }
 
 // replaceRoots replaces the cluster's CAs in a bundle; ok is false for a bundle of

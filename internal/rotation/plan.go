@@ -78,6 +78,9 @@ func (s Step) Name() string {
 	return strings.Join(parts, " ")
 }
 
+// what is its name without the machine.
+func (s Step) what() string { return strings.TrimSuffix(s.Name(), " on "+s.Node) }
+
 // before is the stage from which the step leads to its own.
 func (s Step) before() Stage {
 	if s.Whole {
@@ -236,7 +239,8 @@ func (b *planner) prepare() {
 	for _, m := range b.o.Machines {
 		b.add(Step{Phase: Prepare, Verb: BackUp, Node: m.Name})
 	}
-	if !b.s.Apart { // etcd answers
+	if !b.s.Apart {
+		b.add(Step{Phase: Prepare, Verb: EtcdUp}) // every member: one is away at a time later
 		b.add(Step{Phase: Prepare, Verb: Snapshot, Node: b.o.masters()[0].Name})
 	}
 	b.add(Step{Phase: Prepare, Verb: Make})
@@ -373,8 +377,10 @@ func (b *planner) retire() {
 	b.plan.Steps[before].NoReturn = true
 	b.add(Step{Phase: Retire, Verb: Reach})
 	b.add(Step{Phase: Retire, Verb: AllReady})
-	if b.s.Cluster {
+	if b.s.Cluster || b.s.FrontProxy {
 		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})
+	}
+	if b.s.Cluster {
 		b.add(Step{Phase: Retire, Verb: Published, Stage: Retired})
 	}
 	b.add(Step{Phase: Retire, Verb: Refused})

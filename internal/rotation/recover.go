@@ -85,8 +85,10 @@ func (b *planner) recover() {
 	if b.s.Tokens {
 		b.add(Step{Phase: Retire, Verb: Tokens})
 	}
-	if b.s.Cluster {
+	if b.s.Cluster || b.s.FrontProxy {
 		b.add(Step{Phase: Retire, Verb: Objects, Stage: Retired})
+	}
+	if b.s.Cluster {
 		b.add(Step{Phase: Retire, Verb: Published, Stage: Retired})
 	}
 	b.add(Step{Phase: Retire, Verb: Refused})

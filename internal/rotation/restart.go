@@ -55,7 +55,7 @@ func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 	}
 	if len(s.Components) == 1 && s.Components[0] == "kubelet" {
 		c := e.Layout.component("kubelet")
-		_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
+		_, err := e.change(ctx, s.Node, Script{Name: s.what(), Text: unitScript, Args: []string{c.Unit}, Input: []byte("-"), Timeout: 2 * time.Minute, Finishes: true, Unit: e.unit(s)})
 		return err
 	}
 	neighbour := "-"
@@ -88,7 +88,7 @@ func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
 	if s.Whole {
 		text = afreshScript
 	}
-	_, err = e.change(ctx, s.Node, Script{Name: s.Name(), Text: text, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
+	_, err = e.change(ctx, s.Node, Script{Name: s.what(), Text: text, Args: args, Input: []byte(neighbour), Timeout: 6 * time.Minute, Finishes: true, Unit: e.unit(s)})
 	return err
 }
 

@@ -141,7 +141,10 @@ for arg; do
   key) cp "$key" "$to" ;;
   append) cat "$key" >>"$to" ;;
   self-*) openssl x509 -in "$RUN/old$p" -signkey "$key" -days "${verb#self-}" -set_serial "0x1$(openssl rand -hex 15)" -out "$to" 2>/dev/null ;;
-  config) K=$(base64 -w0 <"$key") awk '{if ($1=="client-key-data:") sub(/client-key-data:.*/, "client-key-data: " ENVIRON["K"]); print}' "$to" >"$to.part"; mv -T "$to.part" "$to" ;;
+  config) # the key comes to awk in a file: arguments and environment can be seen
+    base64 -w0 <"$key" >"$to.key"; echo >>"$to.key"
+    awk 'NR == FNR {k = $0; next} {if ($1 == "client-key-data:") sub(/client-key-data:.*/, "client-key-data: " k); print}' "$to.key" "$to" >"$to.part"
+    mv -T "$to.part" "$to"; shred -n 1 -u "$to.key" ;;
   esac
 done
 for stage in trusted switched retired; do

@@ -280,7 +280,7 @@ func (e *Engine) placed(ctx context.Context, node string, args []string) (bool, 
 }
 
 func (e *Engine) place(ctx context.Context, s Step, args []string) error {
-	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: e.on(s.Node).place, Args: args})
+	_, err := e.change(ctx, s.Node, Script{Name: s.what(), Text: e.on(s.Node).place, Args: args})
 	return err
 }
 

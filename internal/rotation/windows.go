@@ -231,7 +231,7 @@ func (e *Engine) restartServices(ctx context.Context, s Step) error {
 		services = append(services, c.Name+":"+c.Unit)
 	}
 	limit := time.Duration(len(services)) * restartLimit
-	_, err := e.change(ctx, s.Node, Script{Name: s.Name(), Text: psRestart, Args: services, Timeout: limit})
+	_, err := e.change(ctx, s.Node, Script{Name: s.what(), Text: psRestart, Args: services, Timeout: limit})
 	return err
 }
 

@@ -172,7 +172,7 @@ func (c *cluster) diesAt(point string) {
 }
 
 // effect is the name of what a step does on its machine, for diesAt.
-func effect(s rotation.Step) string { return s.Name() + " on " + s.Node }
+func effect(s rotation.Step) string { return s.Name() }
 
 // first returns the first step of a plan that is as wanted.
 func first(t *testing.T, p rotation.Plan, wanted func(rotation.Step) bool) rotation.Step {
