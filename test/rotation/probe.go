@@ -95,6 +95,8 @@ type probes struct {
 
 	mu       sync.Mutex // guards what follows
 	outcomes map[string]*outcome
+	since    time.Time     // what began before does not count
+	failed   time.Time     // when something failed last
 	late     time.Duration // by which this machine let the probes wait at most
 	written  int           // values that were tried
 	wrote    []int         // those that an API server confirmed
@@ -126,6 +128,35 @@ func begin(dial func(ctx context.Context, network, address string) (net.Conn, er
 	p.done.Go(func() { p.watch(ctx, targets[0]) })
 	p.done.Go(func() { p.lag(ctx) })
 	return p
+}
+
+// settle waits until nothing has failed for ten seconds: a cluster that has just come
+// up is not yet one whose failures a rotation has to answer for. It counts from then on.
+func (p *probes) settle(ctx context.Context) error {
+	const calm = 10 * time.Second
+	p.mu.Lock()
+	p.failed = time.Now()
+	p.mu.Unlock()
+	for {
+		p.mu.Lock()
+		left := calm - time.Since(p.failed)
+		if left <= 0 {
+			p.since = time.Now()
+			for _, o := range p.outcomes {
+				*o = outcome{reasons: map[string]int{}, last: p.since}
+			}
+			p.late = 0
+		}
+		p.mu.Unlock()
+		if left <= 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("before the rotation requests fail: %w", ctx.Err())
+		case <-time.After(left):
+		}
+	}
 }
 
 // lag measures how late this machine is with what is due: what fails while it
@@ -193,7 +224,12 @@ func (p *probes) every(ctx context.Context, interval time.Duration, t target, as
 			err := ask(limited, p.client(t), t)
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			p.outcomes[t.name].note(began, err)
+			if err != nil {
+				p.failed = time.Now()
+			}
+			if !began.Before(p.since) {
+				p.outcomes[t.name].note(began, err)
+			}
 		})
 	}
 }

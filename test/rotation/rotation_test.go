@@ -146,6 +146,11 @@ func (c *cluster) begin() *probes {
 	}
 	p := begin(c.Dial, c.admin(), c.LoadBalancer, servers)
 	c.t.Cleanup(p.end)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	defer cancel()
+	if err := p.settle(ctx); err != nil {
+		c.t.Fatal(err)
+	}
 	return p
 }
 
