@@ -20,6 +20,10 @@
 // etcd restarts once and pods not at all. While an API server restarts, the packet
 // filter of its machine leads new connections to a neighbour.
 //
+// Where the certificates have ended already, nothing can overlap: a recovery takes
+// the same trees, places the last of them everywhere and starts the control plane
+// afresh (recover.go). Windows workers are machines with another dialect (windows.go).
+//
 // Invariant: new material is made once for a run and stored, sealed, before the
 // first machine changes; every step can be done again; at most one master is
 // away at a time; nothing is retired that a proof has not shown to be replaced.
