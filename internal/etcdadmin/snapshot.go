@@ -66,7 +66,7 @@ func (a *admin) source(ctx context.Context) (string, error) {
 		}
 	}
 	if lead == "" {
-		return "", errors.Join(fault.New(fault.Unavailable, "", "No member of etcd answers that a snapshot could be taken of."), failures)
+		return "", errors.Join(fault.New(fault.Unavailable, "", "No member of etcd answers that a snapshot could be taken of.").WithFix("when its members can be reached, run the same command again"), failures)
 	}
 	return lead, nil
 }

@@ -40,7 +40,7 @@ func (c *cluster) throughCuts(t *testing.T, budget func(n int) int64, enough fun
 // one of the parties sees it.
 func isBroken(out string) bool {
 	_, problem, found := strings.Cut(out, "Error")
-	for _, text := range []string{"cannot be reached over SSH", "The connection to", "does not answer", "EOF", "closed", "NoAPIServer", "reset by peer", "deadline exceeded"} {
+	for _, text := range []string{"cannot be reached over SSH", "The connection to", "does not answer", "No member of etcd answers", "EOF", "closed", "NoAPIServer", "reset by peer", "deadline exceeded"} {
 		if found && strings.Contains(problem, text) {
 			return true
 		}
