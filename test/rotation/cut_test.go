@@ -8,11 +8,11 @@ import (
 	"testing"
 )
 
-// gnaw cuts connections after 2 to 22 KiB; every fifth goes on to 512 KiB, so that
-// the largest file gets through. An SSH connection takes 3 KiB to be made.
+// gnaw cuts connections after 2 to 22 KiB; every fifth goes on to 64 MiB, so that
+// the largest file, a snapshot of etcd, gets through. An SSH connection takes 3 KiB to be made.
 func gnaw(n int) int64 {
 	if n%5 == 4 {
-		return 512 << 10
+		return 64 << 20
 	}
 	return 2<<10 + int64(n)*3571%(20<<10)
 }
