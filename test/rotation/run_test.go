@@ -112,17 +112,18 @@ func (r *run) output() string {
 	return strings.Join(r.lines, "\n")
 }
 
-// count is how many lines hold the text.
-func (r *run) count(text string) int {
+// steps are those that it has reported as done, in order.
+func (r *run) steps() []string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	n := 0
+	var out []string
 	for _, line := range r.lines {
-		if strings.Contains(line, text) {
-			n++
+		if _, step, ok := strings.Cut(line, "  done   "); ok {
+			step, _, _ = strings.Cut(step, " (")
+			out = append(out, step)
 		}
 	}
-	return n
+	return out
 }
 
 // signal sends a signal to it.
