@@ -250,16 +250,28 @@ func (e *Engine) change(ctx context.Context, node string, s Script) ([]byte, err
 	} else {
 		s.Args = append([]string{e.dirOn(node), e.token}, s.Args...)
 	}
-	var out []byte
-	err := effect.Do(s.Name+" on "+node, func() (err error) {
-		out, err = e.Hosts[node].Run(ctx, s)
-		return err
-	})
-	var failed *ScriptError
-	if errors.As(err, &failed) && failed.Status == fencedStatus {
-		return nil, fault.New(fault.Conflict, "TakenOver", "Another runner has taken over this rotation on %s.", node).WithFix("leave it to that one, or run this command again")
+	for again := 0; ; again++ {
+		var out []byte
+		err := effect.Do(s.Name+" on "+node, func() (err error) {
+			out, err = e.Hosts[node].Run(ctx, s)
+			return err
+		})
+		var failed *ScriptError
+		if !errors.As(err, &failed) || failed.Status != fencedStatus {
+			return out, err
+		}
+		// What we waited for may have been begun by the runner that we replaced, and met
+		// the fence in its name.
+		if !s.Finishes || again == 2 || !e.holds(ctx, node) {
+			return nil, fault.New(fault.Conflict, "TakenOver", "Another runner has taken over this rotation on %s.", node).WithFix("leave it to that one, or run this command again")
+		}
 	}
-	return out, err
+}
+
+// holds reports whether we are the runner of a machine.
+func (e *Engine) holds(ctx context.Context, node string) bool {
+	_, err := e.Hosts[node].Run(ctx, Script{Name: "look at the lock", Text: fence, Args: []string{e.dirOn(node), e.token}, Quiet: true})
+	return err == nil
 }
 
 // Describe writes the plan for people.
