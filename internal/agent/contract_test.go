@@ -254,13 +254,12 @@ fi; true`, "")))}
 	if d := time.Since(began); d > 10*time.Second {
 		t.Errorf("enable with a background process took %s", d)
 	}
-	waitFor(t, "the daemon still runs after its command ended", func() bool {
-		if err := os.Remove(filepath.Join(dir, "alive")); err != nil {
-			return false
-		}
-		time.Sleep(100 * time.Millisecond)
-		return exists(filepath.Join(dir, "alive"))
-	})
+	alive := func() bool { return exists(filepath.Join(dir, "alive")) }
+	waitFor(t, "the daemon begins", alive)
+	if err := os.Remove(filepath.Join(dir, "alive")); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the daemon still runs after its command ended", alive)
 }
 
 // TestSeveralExtensionsOfOneHandler: files and variables carry the extension's name.

@@ -228,6 +228,7 @@ func named(err error, code, what string) error {
 	c := *e
 	c.Code = code
 	c.Message = strings.ReplaceAll(c.Message, "request body", what)
+	c.Fix = strings.Replace(c.Fix, "the body at", "the file at", 1)
 	if c.Fix == "" {
 		c.Fix = "correct the file at that place, or make it again with aks-engine"
 	}

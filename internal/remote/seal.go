@@ -83,7 +83,8 @@ func rawKey(key []byte, passphrase func() ([]byte, error)) (any, error) {
 		return raw, nil
 	}
 	if err != nil {
-		return nil, fault.New(fault.Invalid, "BadKey", "The SSH key cannot be read: %s.", err)
+		return nil, fault.New(fault.Invalid, "BadKey", "The SSH key cannot be read: %s.", err).
+			WithFix("give the file of a private key, Ed25519 or RSA, in the form of OpenSSH or PEM")
 	}
 	return raw, nil
 }

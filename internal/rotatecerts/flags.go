@@ -127,6 +127,9 @@ func (o *options) checkWords() error {
 			return usage(w.flag, "%q is not %s: use %s", w.value, w.kind, strings.TrimPrefix(strings.Join(w.known, " or "), " or "))
 		}
 	}
+	if _, unknown := rotation.ParseScope(o.only); len(unknown) > 0 {
+		return usage("--only", "%s is not known: use %s", strings.Join(unknown, ", "), strings.Join(rotation.ScopeWords(), ", "))
+	}
 	if o.layout == kubeadm && o.apiModel != "" {
 		return usage("--api-model", "a cluster of the layout kubeadm has none: leave out one of --api-model and --layout")
 	}

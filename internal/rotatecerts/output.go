@@ -8,7 +8,6 @@ import (
 	"path"
 	"time"
 
-	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/journal"
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
@@ -74,7 +73,7 @@ func (c *command) status(context.Context) error {
 		return err
 	}
 	if j == nil {
-		return fault.New(fault.NotFound, "NothingUnfinished", "No unfinished run is in %s.", c.o.dir)
+		return c.nothingUnfinished()
 	}
 	defer j.Close()
 	p, _, _, err := rotation.Kept(j)

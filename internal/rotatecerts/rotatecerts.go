@@ -168,10 +168,7 @@ func (c *command) warn(format string, args ...any) { fmt.Fprintf(c.Err, format+"
 
 // newPlan makes the plan of a run that begins now.
 func (c *command) newPlan(ctx context.Context, s *session) (rotation.Plan, rotation.Observation, error) {
-	scope, unknown := rotation.ParseScope(c.o.only)
-	if len(unknown) > 0 {
-		return rotation.Plan{}, rotation.Observation{}, usage("--only", "%s is not known: use %s", strings.Join(unknown, ", "), strings.Join(rotation.ScopeWords(), ", "))
-	}
+	scope, _ := rotation.ParseScope(c.o.only) // checked with the other flags
 	o, dead, err := c.look(ctx, s)
 	if err != nil {
 		return rotation.Plan{}, o, err
@@ -277,8 +274,7 @@ func (c *command) drive(ctx context.Context, begin bool, act func(*rotation.Engi
 	}
 	if j == nil {
 		if !begin {
-			return fault.New(fault.NotFound, "NothingUnfinished", "No unfinished run is in %s.", c.o.dir).
-				WithFix("name the folder with --run-dir; a copy of the journal is on every master in /var/lib/keyfleet/rotate-certs/RUN/journal: put it into DIR/RUN/journal")
+			return c.nothingUnfinished()
 		}
 		if path, j, err = c.start(ctx, s); err != nil {
 			return err
@@ -404,4 +400,10 @@ func who(path string) string {
 		host = "unknown"
 	}
 	return name + "@" + host + " " + path
+}
+
+// nothingUnfinished says that there is no run to go on with, and where one may be.
+func (c *command) nothingUnfinished() error {
+	return fault.New(fault.NotFound, "NothingUnfinished", "No unfinished run is in %s.", c.o.dir).
+		WithFix("name the folder with --run-dir; a copy of the journal is on every master in /var/lib/keyfleet/rotate-certs/RUN/journal: put it into DIR/RUN/journal")
 }

@@ -42,6 +42,7 @@ func TestUsage(t *testing.T) {
 			1, "The API model cannot be read",
 		},
 		{"an unknown phase", "--until never --ssh-host h --linux-ssh-private-key k", 2, `"never" is not known`},
+		{"an unknown part", "--only leaves,roots --ssh-host h --linux-ssh-private-key k", 2, "--only: roots is not known: use cluster-ca"},
 		{"an unknown form", "-o xml --ssh-host h --linux-ssh-private-key k", 2, `"xml" is not known`},
 		{"a key that is not there", "--ssh-host h --linux-ssh-private-key /nowhere/id", 1, "The SSH key cannot be read"},
 		{"a key that is none", "--ssh-host h --linux-ssh-private-key " + key, 1, "The SSH key cannot be read"},

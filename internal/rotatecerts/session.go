@@ -40,7 +40,8 @@ func (c *command) open(ctx context.Context) (*session, error) {
 	if c.o.apiModel != "" {
 		text, err := os.ReadFile(c.o.apiModel)
 		if err != nil {
-			return nil, fault.New(fault.Invalid, "NoAPIModel", "The API model cannot be read: %s.", err).At("--api-model")
+			return nil, fault.New(fault.Invalid, "NoAPIModel", "The API model cannot be read: %s.", err).At("--api-model").
+				WithFix("give the path of the apimodel.json that aks-engine wrote, by default below _output")
 		}
 		if s.model, err = apimodel.Parse(text); err != nil {
 			return nil, err
@@ -63,7 +64,8 @@ func (c *command) open(ctx context.Context) (*session, error) {
 func (c *command) connect(ctx context.Context, s *session) error {
 	key, err := os.ReadFile(c.o.sshKey)
 	if err != nil {
-		return fault.New(fault.Invalid, "NoKey", "The SSH key cannot be read: %s.", err).At("--linux-ssh-private-key")
+		return fault.New(fault.Invalid, "NoKey", "The SSH key cannot be read: %s.", err).At("--linux-ssh-private-key").
+			WithFix("give the path of the private key that opens the nodes")
 	}
 	var passphrase func() ([]byte, error)
 	if c.Passphrase != nil {

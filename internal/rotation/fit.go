@@ -33,7 +33,8 @@ func fit(o Observation, s Scope) error {
 		if skew := m.Facts.Now.Sub(o.At).Abs(); skew > 5*time.Minute {
 			return fault.New(fault.Precondition, "ClockSkew", "The clock of %s is %s off ours.", m.Name, skew.Round(time.Second)).WithFix("set it right: certificates would not be valid there yet, or no longer")
 		}
-		for _, run := range m.Facts.Runs { // near its end a rotation has no file any more that only a rotation has
+		if len(m.Facts.Runs) > 0 { // near its end a rotation has no file any more that only a rotation has
+			run := m.Facts.Runs[0]
 			return fault.New(fault.Conflict, "UnfinishedRotation", "%s has the files of rotation %s, which is not finished.", m.Name, run).
 				WithFix("finish it or roll it back: put %s/%s/journal of that machine into DIR/%s/journal and go on with --run-dir DIR", baseDir, run, run)
 		}

@@ -198,6 +198,21 @@ done
 echo yes
 `
 
+// podScript is what scripts about static pods share: the process of a program, and
+// putting a manifest in place.
+const podScript = `
+pid_of() {
+  for p in /proc/[0-9]*; do
+    if [ "$(basename "$(readlink "$p/exe" 2>/dev/null)" 2>/dev/null)" = "$1" ]; then echo "${p#/proc/}"; return; fi
+  done
+}
+place() { # stage, path
+  cp -a "$RUN/$1$2" "$RUN/manifest.part"; touch "$RUN/manifest.part"; sync "$RUN/manifest.part"
+  beside=$(dirname "$(dirname "$2")")/.keyfleet-manifest # not inside: the kubelet reads all there is
+  cp -a "$RUN/manifest.part" "$beside"; mv -fT "$beside" "$2"; rm -f "$RUN/manifest.part"
+}
+`
+
 // restartScript restarts programs of a master with nobody noticing who can choose
 // another API server. $1 is our address, $2 the API's port, $3 and $4 a client
 // certificate and its key. What follows is NAME:STAGE:MANIFEST of a static pod, or
@@ -206,13 +221,8 @@ echo yes
 // New connections to our API server are led to the neighbour's by the packet
 // filter; then our server is stopped, and finishes what it has begun; then etcd
 // restarts, if it must; then our server starts again. The others restart meanwhile.
-const restartScript = fenceInput + `
+const restartScript = fenceInput + podScript + `
 us=$1; port=$2; cert=$3; key=$4; shift 4
-pid_of() {
-  for p in /proc/[0-9]*; do
-    if [ "$(basename "$(readlink "$p/exe" 2>/dev/null)" 2>/dev/null)" = "$1" ]; then echo "${p#/proc/}"; return; fi
-  done
-}
 rules() { # A or D
   iptables -w -t nat -$1 PREROUTING -d "$us" -p tcp --dport "$port" -m comment --comment keyfleet-rotate -j DNAT --to-destination "$neighbour:$port" &&
   iptables -w -t nat -$1 POSTROUTING -d "$neighbour" -p tcp --dport "$port" -m conntrack --ctstate DNAT -m comment --comment keyfleet-rotate -j MASQUERADE &&
@@ -239,11 +249,6 @@ wait_new() { # name, old pid
     i=$((i+1)); [ $i -lt 600 ] || { echo "$1 did not come back" >&2; exit 1; }
     sleep 0.2
   done
-}
-place() { # stage, path
-  cp -a "$RUN/$1$2" "$RUN/manifest.part"; touch "$RUN/manifest.part"; sync "$RUN/manifest.part"
-  beside=$(dirname "$(dirname "$2")")/.keyfleet-manifest # not inside: the kubelet reads all there is
-  cp -a "$RUN/manifest.part" "$beside"; mv -fT "$beside" "$2"; rm -f "$RUN/manifest.part"
 }
 # An API server that ends waits for its watches, which do not end, until the kubelet
 # kills it after half a minute. Once it accepts nobody any more, half of that is
@@ -312,14 +317,9 @@ awk -F'|' '{last[$1 "|" $2] = $3} END {for (k in last) print k "|" last[k]}'
 //
 // A kubelet that is running could wait for ever: one that has just started, and whose
 // static pod changes before it has seen the end of the old one, does not start the new.
-const afreshScript = fenceInput + `
+const afreshScript = fenceInput + podScript + `
 shift 4
 for arg; do case $arg in kubelet:*) systemctl stop "${arg##*:}" ;; esac; done
-pid_of() {
-  for p in /proc/[0-9]*; do
-    if [ "$(basename "$(readlink "$p/exe" 2>/dev/null)" 2>/dev/null)" = "$1" ]; then echo "${p#/proc/}"; return; fi
-  done
-}
 end() { # NAME
   for signal in TERM KILL; do
     i=0
@@ -336,9 +336,7 @@ for arg; do
   *:unit:*) systemctl stop "${arg##*:}" ;;
   *)
     end "$name"; to=${rest#*:}
-    cp -a "$RUN/${rest%%:*}$to" "$RUN/manifest.part"; touch "$RUN/manifest.part"; sync "$RUN/manifest.part"
-    beside=$(dirname "$(dirname "$to")")/.keyfleet-manifest
-    cp -a "$RUN/manifest.part" "$beside"; mv -fT "$beside" "$to"; rm -f "$RUN/manifest.part"
+    place "${rest%%:*}" "$to"
     echo "$name stopped, $to placed" ;;
   esac
 done
