@@ -274,7 +274,7 @@ func TestFile(t *testing.T) {
 		{"a line left out", strings.Join(slices.Delete(slices.Clone(lines), 1, 2), ""), -1},
 		{"two lines exchanged", lines[1] + lines[0] + strings.Join(lines[2:], ""), -1},
 		{"a line twice", lines[0] + string(whole), -1},
-		{"a hash changed", "0" + string(whole[1:]), -1},
+		{"a hash changed", otherDigit(whole[0]) + string(whole[1:]), -1},
 		{"something else", "hello\n", -1},
 	} {
 		if err := os.WriteFile(path, []byte(tc.content), 0o600); err != nil {
@@ -299,6 +299,14 @@ func TestFile(t *testing.T) {
 			t.Errorf("%s: kept lines were changed: %v", tc.reason, err)
 		}
 	}
+}
+
+// otherDigit is a hexadecimal digit that is not this one.
+func otherDigit(digit byte) string {
+	if digit == '0' {
+		return "1"
+	}
+	return "0"
 }
 
 // TestAnyFailuresConverge runs a change under random failures and processes that
