@@ -17,17 +17,22 @@ import (
 // certificate that is not trusted makes an anonymous caller of one.
 const canaryName = "keyfleet-canary"
 
-// until looks again and again, until it is so or the time is over.
+// until looks again and again, until it is so or the time is over. A look that the
+// end of the time has broken off says nothing; the reason is then that of the one before.
 func until(ctx context.Context, within time.Duration, look func(ctx context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, within)
+	limited, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
+	var why error
 	for {
-		err := look(ctx)
+		err := look(limited)
 		if err == nil {
 			return nil
 		}
-		if sleep(ctx, 500*time.Millisecond) != nil {
-			return err
+		if why == nil || limited.Err() == nil || ctx.Err() != nil {
+			why = err
+		}
+		if sleep(limited, 500*time.Millisecond) != nil {
+			return why
 		}
 	}
 }
