@@ -60,10 +60,7 @@ func (e *Engine) reachKubelets(ctx context.Context) error {
 // published waits until every namespace has the roots of the stage.
 func (e *Engine) published(ctx context.Context, at Stage) error {
 	s := e.material.Authorities[ClusterCA]
-	want := s.both()
-	if at == Retired {
-		want = s.New
-	}
+	want := map[Stage][]byte{Old: s.Old, Trusted: s.both(), Switched: s.both(), Retired: s.New}[at]
 	return until(ctx, 3*time.Minute, func(ctx context.Context) error {
 		api, err := e.anyAPI(ctx)
 		if err != nil {

@@ -251,6 +251,9 @@ func (b *planner) prepare() {
 }
 
 func (b *planner) trust() {
+	if b.s.Cluster { // on the way back this is the last that clients notice
+		b.add(Step{Phase: Trust, Verb: Published, Stage: Old})
+	}
 	before := len(b.plan.Steps)
 	for _, m := range b.o.masters() { // the controller manager signs with exactly one certificate: first its own file, then the bundle
 		b.place(Trust, Trusted, m, IssuerCert, IssuerKey)

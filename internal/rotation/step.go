@@ -82,6 +82,9 @@ func (e *Engine) apiStep(s Step, out *journal.Step) {
 		}
 	case Published:
 		out.Do = e.gate(func(ctx context.Context) error { return e.published(ctx, s.Stage) })
+		if s.Stage == Old { // the controller manager publishes some time after it was started again
+			out.Undo = out.Do
+		}
 	case Unused:
 		out.Do = e.unused
 	case Refused:
