@@ -53,14 +53,37 @@ func (c *cluster) kill(point func(n int) string, args ...string) (kills, status 
 	}
 }
 
-// somewhere is a sequence of points: the first effects of a run (its journal is
-// opened, a step is begun, done on a machine, recorded), before and after each, so
-// that every boundary of every step is met; or a sample.
-func somewhere(n int) string {
-	if deep() {
-		return fmt.Sprintf("%s:%d", []string{"before", "after"}[n%2], 2+n/2%3)
+// somewhere says where runners die: a sample of points; or, deep, every one. A step
+// is begun, done on one machine after another, and recorded. Runners die before the
+// first effect of the step that is next, then after it, before the second, and so
+// on, until one has recorded that the step is done.
+func (c *cluster) somewhere() func(n int) string {
+	when := []string{"before", "after"}
+	if !deep() {
+		return func(n int) string { return fmt.Sprintf("%s:%d", when[n%2], 8+n*5%13) }
 	}
-	return fmt.Sprintf("%s:%d", []string{"before", "after"}[n%2], 8+n*5%13)
+	recorded, tries := -1, 0
+	return func(int) string {
+		if now := c.recorded(); now != recorded {
+			recorded, tries = now, 0
+		}
+		tries++
+		return fmt.Sprintf("%s:%d", when[(tries-1)%2], 2+(tries-1)/2) // the first effect opens the journal
+	}
+}
+
+// recorded counts the steps that the newest run has on record as done or taken back.
+func (c *cluster) recorded() int {
+	c.t.Helper()
+	path := c.newest()
+	if path == "" {
+		return 0
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return strings.Count(string(text), `"event":"done"`) + strings.Count(string(text), `"event":"undone"`)
 }
 
 // materials counts how often new CAs were made, in all runs.
@@ -105,7 +128,7 @@ func TestOneMaster(t *testing.T) {
 		}
 	})
 	t.Run("is rolled back by runners that are killed", func(t *testing.T) {
-		kills, status := c.kill(somewhere, "rollback", "--restart-pods")
+		kills, status := c.kill(c.somewhere(), "rollback", "--restart-pods")
 		if status != 0 {
 			t.Fatalf("exit status %d", status)
 		}
@@ -118,7 +141,7 @@ func TestOneMaster(t *testing.T) {
 	})
 	kills := 0
 	t.Run("is rotated by runners that are killed", func(t *testing.T) {
-		n, status := c.kill(somewhere, "--restart-pods")
+		n, status := c.kill(c.somewhere(), "--restart-pods")
 		if kills = n; status != 0 || kills == 0 {
 			t.Fatalf("exit status %d after %d kills", status, kills)
 		}
