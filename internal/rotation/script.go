@@ -142,7 +142,7 @@ for arg; do
   append) cat "$key" >>"$to" ;;
   self-*) openssl x509 -in "$RUN/old$p" -signkey "$key" -days "${verb#self-}" -set_serial "0x1$(openssl rand -hex 15)" -out "$to" 2>/dev/null ;;
   config) # the key comes to awk in a file: arguments and environment can be seen
-    base64 -w0 <"$key" >"$to.key"; echo >>"$to.key"
+    base64 -w0 <"$key" >"$to.key"; echo | cat >>"$to.key"
     awk 'NR == FNR {k = $0; next} {if ($1 == "client-key-data:") sub(/client-key-data:.*/, "client-key-data: " k); print}' "$to.key" "$to" >"$to.part"
     mv -T "$to.part" "$to"; shred -n 1 -u "$to.key" ;;
   esac
@@ -359,8 +359,8 @@ for other in "$(dirname "$RUN")"/*/holder; do
   fi
 done
 mkdir -p "$RUN"; chmod 700 "$RUN"
-printf '%s' "$WHO" >"$RUN/who"
-printf '%s' "$TOKEN" >"$RUN/holder.part"; mv -f "$RUN/holder.part" "$RUN/holder"
+printf '%s' "$WHO" | cat >"$RUN/who" # the shell's own message about a full disk is "I/O error"
+printf '%s' "$TOKEN" | cat >"$RUN/holder.part"; mv -f "$RUN/holder.part" "$RUN/holder"
 for other in "$(dirname "$RUN")"/*/holder; do # who held the lock for another run meets the fence, too
   [ "$other" = "$RUN/holder" ] || rm -f "$other"
 done
