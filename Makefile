@@ -8,7 +8,7 @@ GO         ?= go
 VERSION    ?= 0.1.0
 LDFLAGS    := -s -w -X main.version=$(VERSION)
 GOBUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
-PROGRAMS   := keyfleet keyfleet-server keyfleet-agent keyfleet-keyvault-extension
+PROGRAMS   := keyfleet keyfleet-server keyfleet-agent keyfleet-keyvault-extension keyfleet-connector
 KV_VERSION := 3.0.$(lastword $(subst ., ,$(VERSION)))
 KV_PACKAGE := bin/packages/Microsoft.Azure.KeyVault.KeyVaultForLinux-$(KV_VERSION).zip
 

@@ -14,6 +14,7 @@ const (
 	VersionSubscriptions = "2022-12-01"
 	VersionRoles         = "2022-04-01"
 	VersionIdentities    = "2023-01-31"
+	VersionClusters      = "2025-01-01"
 	VersionVaults        = "2023-02-01"
 	VersionVaultData     = "7.4"
 	VersionBatch         = "2023-05-01"

@@ -39,3 +39,30 @@ type Token struct {
 	Resource     string `json:"resource"`
 	TokenType    string `json:"token_type"`
 }
+
+// FederatedType is the resource type of federated identity credentials.
+const FederatedType = Type + "/federatedIdentityCredentials"
+
+// FederatedCredential is a federated identity credential of a user-assigned identity.
+type FederatedCredential struct {
+	ID         string              `json:"id,omitempty"`
+	Name       string              `json:"name,omitempty"`
+	Type       string              `json:"type,omitempty"`
+	Properties FederatedProperties `json:"properties"`
+}
+
+// FederatedProperties say whose tokens are accepted. Exactly one of Subject and
+// ClaimsMatchingExpression is set.
+type FederatedProperties struct {
+	Issuer                   string      `json:"issuer"`
+	Cluster                  string      `json:"cluster,omitempty"` // Keyfleet's own: resource id of the registered cluster that is the issuer
+	Subject                  string      `json:"subject,omitempty"`
+	Audiences                []string    `json:"audiences"`
+	ClaimsMatchingExpression *Expression `json:"claimsMatchingExpression,omitempty"`
+}
+
+// Expression is a claims matching expression; its one language version is 1.
+type Expression struct {
+	Value           string `json:"value"`
+	LanguageVersion int    `json:"languageVersion"`
+}

@@ -48,10 +48,18 @@ var (
 			"Microsoft.Authorization/*/read",
 		},
 	}
+	// ClusterManager is Keyfleet's own.
+	ClusterManager = Role{
+		ID: "4b6579f1-c1a5-4e57-8a11-6d616e616765", Name: "Keyfleet Cluster Manager",
+		Description: "Looks after registered Kubernetes clusters: fetches their kubeconfigs and reports what it sees.",
+		Actions:     []string{"Keyfleet/clusters/manage/action"},
+	}
 )
 
 // Roles lists the built-in roles.
-func Roles() []Role { return []Role{Owner, Contributor, Reader, ManagedIdentityOperator} }
+func Roles() []Role {
+	return []Role{Owner, Contributor, Reader, ManagedIdentityOperator, ClusterManager}
+}
 
 // RoleByID returns the built-in role with the GUID, in any casing.
 func RoleByID(id string) (Role, bool) {

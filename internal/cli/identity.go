@@ -62,7 +62,7 @@ func (t *tool) identityCommand() *cobra.Command {
 	})
 	del.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	show.ValidArgsFunction, del.ValidArgsFunction = t.completeIdentities, t.completeIdentities
-	return t.noun("identity", "User-assigned managed identities", t.identityCreate(), list, show, del)
+	return t.noun("identity", "User-assigned managed identities", t.identityCreate(), list, show, del, t.federatedCommand())
 }
 
 func (t *tool) identityCreate() *cobra.Command {

@@ -2,13 +2,15 @@
 // secrets, user-assigned managed identities, and the tokens of both.
 //
 // Idea: a token is a claim about a principal, signed with a key that the store
-// keeps and that rotates. Two things can get one: an application that proves
-// its client secret, and a node for a managed identity of its pool. [Service.Verify]
-// turns a token back into a principal; the principal must still exist.
+// keeps and that rotates. Three things can get one: an application that proves
+// its client secret; a node, for a managed identity of its pool; and the bearer of
+// a token of another issuer (a pod, with the token of its service account) for a
+// managed identity that trusts that issuer and subject by a federated credential.
+// [Service.Verify] turns a token back into a principal; the principal must still exist.
 //
 //	application + secret ──ClientCredentials──┐                       ┌─ signature, issuer, audience, times
-//	node of a pool ───────TokenFor────────────┴──> RS256 token ──Verify──> access.Principal
-//	                                                                  └─ does the principal still exist
+//	pod + assertion ──────ClientCredentials───┼──> RS256 token ──Verify──> access.Principal
+//	node of a pool ───────TokenFor────────────┘                       └─ does the principal still exist
 //
 // Invariant: client secrets are made here, 256 random bits, and only their
 // HMAC is stored; object ids are never used twice, so what was granted to a
@@ -56,6 +58,11 @@ type Config struct {
 	// it reads through tx. An empty group asks for the subscription only. Nil: not
 	// checked. Package subscription has it.
 	Place func(tx *store.Tx, subscription, group string) error
+	// Issuers checks the assertions that federated credentials trust. Nil: none is accepted.
+	Issuers Issuers
+	// ClusterIssuer returns the standard resource id and the issuer of a registered
+	// cluster that the caller may read. Nil: there are no clusters.
+	ClusterIssuer func(ctx context.Context, resourceID string) (cluster, issuer string, err error)
 
 	TokenLifetime    time.Duration    // of applications; zero: 1 h
 	IdentityLifetime time.Duration    // of managed identities; zero: 24 h, as the metadata service does
@@ -84,6 +91,9 @@ func New(ctx context.Context, cfg Config) (*Service, error) {
 	setDefault(&cfg.KeyLead, 24*time.Hour)
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Issuers == nil {
+		cfg.Issuers = noIssuers{}
 	}
 	audiences := make(map[string]string, len(cfg.Audiences))
 	for alias, canonical := range cfg.Audiences {

@@ -192,8 +192,8 @@ func (s *Service) IdentitiesIn(ctx context.Context, subscription, group string) 
 	return Identities.List(s.cfg.Store.View(ctx), prefix)
 }
 
-// DeleteIdentity deletes an identity with its role assignments; its tokens die
-// within 5 seconds. It reports whether there was one.
+// DeleteIdentity deletes an identity with its role assignments and federated
+// credentials; its tokens die within 5 seconds. It reports whether there was one.
 func (s *Service) DeleteIdentity(ctx context.Context, resourceID string) (existed bool, err error) {
 	id, err := parseIdentityID(resourceID)
 	if err != nil {
@@ -206,6 +206,9 @@ func (s *Service) DeleteIdentity(ctx context.Context, resourceID string) (existe
 			return err
 		}
 		if err := s.removePrincipal(tx, o.Spec.PrincipalID, o.Spec.ClientID); err != nil {
+			return err
+		}
+		if err := removeFederated(tx, o.ID); err != nil {
 			return err
 		}
 		return Identities.Delete(tx, o.ID)

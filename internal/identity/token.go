@@ -127,19 +127,24 @@ func newUTI() string {
 	return base64.RawURLEncoding.EncodeToString(b[:])
 }
 
-// Credentials is a token request of an application.
+// Credentials is a token request.
 type Credentials struct {
-	Tenant   string // as in the path of the token endpoint
-	ClientID string
-	Secret   string
-	Resource string // URL; the "/.default" of a scope taken off
-	Version  Version
+	Tenant    string // as in the path of the token endpoint
+	ClientID  string
+	Secret    string // of an application
+	Assertion string // token of another issuer that a managed identity trusts, instead of Secret
+	Resource  string // URL; the "/.default" of a scope taken off
+	Version   Version
 }
 
 // ClientCredentials gives a token to an application that proves its secret
-// (RFC 6749, section 4.4). Success and failure are both on record. Errors carry
-// OAuth's error as Code and the AADSTS code as Inner.
+// (RFC 6749, section 4.4), or of a managed identity to the bearer of an assertion
+// that one of its federated credentials trusts (RFC 7523). Success and failure
+// are both on record. Errors carry OAuth's error as Code and the AADSTS code as Inner.
 func (s *Service) ClientCredentials(ctx context.Context, c Credentials) (Token, error) {
+	if c.Assertion != "" {
+		return s.byFederation(ctx, c)
+	}
 	app, err := s.authenticate(ctx, c)
 	p := access.Principal{Kind: access.Application, Tenant: s.tenant, ClientID: clip(c.ClientID), ObjectID: app.ObjectID, Name: app.Name}
 	audience := ""

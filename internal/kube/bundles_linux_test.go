@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/kube/kubetest"
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
 
@@ -32,7 +33,7 @@ const hook = `{"name": $, "sideEffects": "None", "admissionReviewVersions": ["v1
 	"clientConfig": {"service": {"namespace": "default", "name": "hook"}, "caBundle": $}}`
 
 func bundles(t *testing.T, a *api) {
-	old, other := newCA(t, "cluster").PEM(), newCA(t, "vendor").PEM()
+	old, other := kubetest.NewCA(t, "cluster").PEM(), kubetest.NewCA(t, "vendor").PEM()
 	create(t, a, "ValidatingWebhookConfiguration", `{"metadata": {"name": "v"}, "webhooks": [`+hook+`,`+hook+`]}`, "a.example.com", other, "b.example.com", old)
 	create(t, a, "ValidatingWebhookConfiguration", `{"metadata": {"name": "none"}, "webhooks": [`+hook+`]}`, "a.example.com", nil)
 	create(t, a, "MutatingWebhookConfiguration", `{"metadata": {"name": "m"}, "webhooks": [`+hook+`]}`, "a.example.com", old)
@@ -43,7 +44,7 @@ func bundles(t *testing.T, a *api) {
 		"conversion": {"strategy": "Webhook", "webhook": {"conversionReviewVersions": ["v1"], "clientConfig": {"service": {"namespace": "default", "name": "hook"}, "caBundle": $}}},
 		"versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": {"type": "object"}}}]}}`, old)
 
-	both := append(append([]byte{}, old...), newCA(t, "new").PEM()...)
+	both := append(append([]byte{}, old...), kubetest.NewCA(t, "new").PEM()...)
 	want := map[string]string{
 		"ValidatingWebhookConfiguration v 0": string(other), "ValidatingWebhookConfiguration v 1": string(old),
 		"MutatingWebhookConfiguration m 0": string(old), "APIService v1.down.example.com 0": string(old), "CustomResourceDefinition things.example.com 0": string(old),
@@ -120,7 +121,7 @@ func race(t *testing.T, a *api, pem []byte) {
 	if _, err := a.dynamic.Resource(p.resource).Update(t.Context(), object, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	err = a.patchBundle(t.Context(), p, "m", 0, was, newCA(t, "newest").PEM())
+	err = a.patchBundle(t.Context(), p, "m", 0, was, kubetest.NewCA(t, "newest").PEM())
 	if err = a.explain(t.Context(), "changing", err); !errors.Is(err, fault.Conflict) {
 		t.Errorf("a patch for another version: %v", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"net"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/kube/kubetest"
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
 
@@ -22,7 +24,7 @@ func TestAPIServer(t *testing.T) {
 	c := startCluster(t)
 	a := c.admin(t)
 	t.Run("namespaces before anybody publishes a CA", func(t *testing.T) { noRootCAs(t, a) })
-	c.startControllers(t)
+	c.StartControllers(t)
 	t.Run("who am I", func(t *testing.T) { whoAmI(t, c) })
 	t.Run("trust", func(t *testing.T) { trust(t, c) })
 	t.Run("tokens", func(t *testing.T) { tokens(t, a) })
@@ -61,11 +63,11 @@ func serviceToken(t *testing.T, a *api, name string) string {
 
 func whoAmI(t *testing.T, c *cluster) {
 	token := serviceToken(t, c.admin(t), "caller")
-	proxyCert, proxyKey := c.client(t, c.front, "CN=front-proxy-client")
-	otherCert, otherKey := c.client(t, c.front, "CN=somebody")
-	cert, key := c.client(t, c.ca, "CN=alice")
-	foreignCert, foreignKey := c.client(t, newCA(t, "other"), "CN=alice")
-	roots := c.ca.PEM()
+	proxyCert, proxyKey := c.Client(t, c.Front, "CN=front-proxy-client")
+	otherCert, otherKey := c.Client(t, c.Front, "CN=somebody")
+	cert, key := c.Client(t, c.CA, "CN=alice")
+	foreignCert, foreignKey := c.Client(t, kubetest.NewCA(t, "other"), "CN=alice")
+	roots := c.CA.PEM()
 	for name, test := range map[string]struct {
 		as   rotation.Credential
 		user string
@@ -91,7 +93,7 @@ func whoAmI(t *testing.T, c *cluster) {
 }
 
 func trust(t *testing.T, c *cluster) {
-	cert, key := c.client(t, c.ca, "CN=alice")
+	cert, key := c.Client(t, c.CA, "CN=alice")
 	open := func(server string, roots []byte) *api {
 		a, err := connect(c.network, server, rotation.Credential{Roots: roots, Cert: cert, Key: key}, answerTime)
 		if err != nil {
@@ -99,21 +101,21 @@ func trust(t *testing.T, c *cluster) {
 		}
 		return a
 	}
-	err := open(c.server, newCA(t, "kubernetes").PEM()).Ready(t.Context())
+	err := open(c.server, kubetest.NewCA(t, "kubernetes").PEM()).Ready(t.Context())
 	var authority x509.UnknownAuthorityError
 	if !errors.Is(err, fault.Unavailable) || !errors.As(err, &authority) || !strings.Contains(fault.From(err).Message, "not trusted") {
 		t.Errorf("another CA of the same name: %v", err)
 	}
 	c.network["10.0.0.9:443"] = c.network[c.server]
 	var hostname x509.HostnameError
-	if err = open("10.0.0.9:443", c.ca.PEM()).Ready(t.Context()); !errors.Is(err, fault.Unavailable) || !errors.As(err, &hostname) {
+	if err = open("10.0.0.9:443", c.CA.PEM()).Ready(t.Context()); !errors.Is(err, fault.Unavailable) || !errors.As(err, &hostname) {
 		t.Errorf("an address that is not in the certificate: %v", err)
 	}
-	c.network["10.0.0.8:443"] = free(t)
-	if err = open("10.0.0.8:443", c.ca.PEM()).Ready(t.Context()); !errors.Is(err, fault.Unavailable) || errors.As(err, &authority) || !strings.Contains(err.Error(), "refused") {
+	c.network["10.0.0.8:443"] = net.JoinHostPort("127.0.0.1", kubetest.Free(t))
+	if err = open("10.0.0.8:443", c.CA.PEM()).Ready(t.Context()); !errors.Is(err, fault.Unavailable) || errors.As(err, &authority) || !strings.Contains(err.Error(), "refused") {
 		t.Errorf("nobody listens: %v", err)
 	}
-	if err = open("10.0.0.7:443", c.ca.PEM()).Ready(t.Context()); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "no way to 10.0.0.7:443") {
+	if err = open("10.0.0.7:443", c.CA.PEM()).Ready(t.Context()); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "no way to 10.0.0.7:443") {
 		t.Errorf("not by the dialer: %v", err)
 	}
 }
@@ -186,8 +188,8 @@ func pages(t *testing.T, a *api) {
 
 // withoutEtcd is the last test: nothing works after it.
 func withoutEtcd(t *testing.T, c *cluster, a *api) {
-	c.etcd.Server.HardStop()
-	c.etcd.Clients[0].Close()
+	c.Etcd.Server.HardStop()
+	c.Etcd.Clients[0].Close()
 	eventually(t, "the API server says that etcd is missing", func() bool {
 		err := a.Ready(t.Context())
 		return errors.Is(err, fault.Unavailable) && strings.Contains(fault.From(err).Message, "not ready: etcd")

@@ -12,14 +12,15 @@ import (
 	"testing"
 
 	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/kube/kubetest"
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
 
 // TestKubeletIsAsked: what kubelets say is told apart, and nothing but a name
 // that they say themselves counts. That real ones say so is shown on the bed.
 func TestKubeletIsAsked(t *testing.T) {
-	ca := newCA(t, "cluster")
-	cert, key := (&cluster{}).client(t, ca, "CN=keyfleet-canary")
+	ca := kubetest.NewCA(t, "cluster")
+	cert, key := (&cluster{}).Client(t, ca, "CN=keyfleet-canary")
 	as := rotation.Credential{Roots: ca.PEM(), Cert: cert, Key: key}
 	for _, tc := range []struct {
 		reason string

@@ -23,7 +23,7 @@ func namespace(t *testing.T, a *api, name string) {
 
 func rootCAs(t *testing.T, c *cluster, a *api) {
 	namespace(t, a, "ending")
-	want := string(c.ca.PEM())
+	want := string(c.CA.PEM())
 	var roots map[string]string
 	read := func() map[string]string {
 		var err error
@@ -141,7 +141,7 @@ func tokenSecrets(t *testing.T, c *cluster, a *api) {
 	}
 	eventually(t, "the Secret has a token", func() bool { return list().Token != "" })
 	s := list()
-	if ok, err := a.ReviewToken(t.Context(), s.Token); !ok || err != nil || s.Namespace != "default" || s.Name != "old-style-token" || s.CA != string(c.ca.PEM()) {
+	if ok, err := a.ReviewToken(t.Context(), s.Token); !ok || err != nil || s.Namespace != "default" || s.Name != "old-style-token" || s.CA != string(c.CA.PEM()) {
 		t.Errorf("%s/%s, accepted: %v, %v", s.Namespace, s.Name, ok, err)
 	}
 	before, err := secrets.Get(t.Context(), s.Name, metav1.GetOptions{})

@@ -10,6 +10,7 @@ import (
 	"keyfleet.dev/keyfleet/api/node"
 	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/azureapi"
+	"keyfleet.dev/keyfleet/internal/cluster"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/identity"
 	"keyfleet.dev/keyfleet/internal/pool"
@@ -180,6 +181,24 @@ func (c identityContents) List(ctx context.Context, sub, group string) ([]subscr
 // Delete implements subscription.Contents.
 func (c identityContents) Delete(ctx context.Context, r subscription.Resource) error {
 	_, err := c.identity.DeleteIdentity(access.AsSystem(ctx, "resource-groups"), r.ID)
+	return err
+}
+
+type clusterContents struct{ clusters *cluster.Service }
+
+// List implements subscription.Contents.
+func (c clusterContents) List(ctx context.Context, sub, group string) ([]subscription.Resource, error) {
+	list, err := c.clusters.In(ctx, sub, group)
+	var out []subscription.Resource
+	for _, o := range list {
+		out = append(out, resource(o.Spec.ID, o.Spec.Location, o.Spec.Tags))
+	}
+	return out, err
+}
+
+// Delete implements subscription.Contents.
+func (c clusterContents) Delete(ctx context.Context, r subscription.Resource) error {
+	_, err := c.clusters.Delete(access.AsSystem(ctx, "resource-groups"), r.ID)
 	return err
 }
 

@@ -10,11 +10,14 @@ import (
 	"keyfleet.dev/keyfleet/internal/audit"
 	"keyfleet.dev/keyfleet/internal/azureapi"
 	"keyfleet.dev/keyfleet/internal/azureapi/batch"
+	"keyfleet.dev/keyfleet/internal/azureapi/clusters"
 	"keyfleet.dev/keyfleet/internal/azureapi/keyvault"
 	"keyfleet.dev/keyfleet/internal/azureapi/login"
 	"keyfleet.dev/keyfleet/internal/azureapi/nodes"
 	"keyfleet.dev/keyfleet/internal/azureapi/resources"
+	"keyfleet.dev/keyfleet/internal/cluster"
 	"keyfleet.dev/keyfleet/internal/identity"
+	"keyfleet.dev/keyfleet/internal/issuer"
 	"keyfleet.dev/keyfleet/internal/nodeapi"
 	"keyfleet.dev/keyfleet/internal/packages"
 	"keyfleet.dev/keyfleet/internal/pool"
@@ -29,6 +32,11 @@ import (
 func (s *Server) build(ctx context.Context) error {
 	gate := access.NewGate(access.Config{Store: s.store, Recorder: s.audit, Principal: identity.RequirePrincipal})
 	s.gate, s.metrics = gate, newMetrics(s)
+	s.clusters = cluster.New(cluster.Config{
+		Store: s.store, Gate: gate, Place: func(tx *store.Tx, sub, group string) error {
+			return subscription.Require(tx, sub, group, "Microsoft.ContainerService")
+		},
+	})
 	if err := s.buildIdentity(ctx, gate); err != nil {
 		return err
 	}
@@ -41,7 +49,7 @@ func (s *Server) build(ctx context.Context) error {
 	}
 	s.subscriptions = subscription.New(subscription.Config{
 		Store: s.store, Gate: gate, Tenant: s.identity.TenantID(),
-		Contents: []subscription.Contents{accountContents{s.fleet}, vaultContents{s.vaults}, identityContents{s.identity}},
+		Contents: []subscription.Contents{accountContents{s.fleet}, vaultContents{s.vaults}, identityContents{s.identity}, clusterContents{s.clusters}},
 	})
 	s.runnables = append(s.runnables,
 		&audit.Exporter{Log: s.audit},
@@ -65,18 +73,19 @@ func (s *Server) buildIdentity(ctx context.Context, gate *access.Gate) (err erro
 		Place: func(tx *store.Tx, sub, group string) error {
 			return subscription.Require(tx, sub, group, "Microsoft.ManagedIdentity")
 		},
+		Issuers: issuer.New(issuer.Config{Published: s.clusters.KeySet}), ClusterIssuer: s.clusters.Issuer,
 	})
 	return err
 }
 
 func (s *Server) buildVaults(ctx context.Context, gate *access.Gate) error {
-	issuer, err := loadAuthority(ctx, s.store, "issuer", "Keyfleet Issuing CA")
+	authority, err := loadAuthority(ctx, s.store, "issuer", "Keyfleet Issuing CA")
 	if err != nil {
 		return err
 	}
 	s.clock = vault.NewClock(vault.ClockConfig{Store: s.store, Gate: gate, Dev: s.cfg.Dev})
 	s.vaults = vault.New(vault.Config{
-		Store: s.store, Gate: gate, Clock: s.clock, Issuer: vault.FromCA(issuer), Log: s.log, Tenant: s.identity.TenantID(),
+		Store: s.store, Gate: gate, Clock: s.clock, Issuer: vault.FromCA(authority), Log: s.log, Tenant: s.identity.TenantID(),
 		Require: func(tx *store.Tx, sub, group string) error {
 			return subscription.Require(tx, sub, group, "Microsoft.KeyVault")
 		},
@@ -122,6 +131,7 @@ func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error
 	routes = append(routes, nodes.Routes(nodes.Config{
 		Gate: gate, AgentOf: s.agentOf, Sessions: sessions, Logs: s.logs, AskLogs: s.edge.AskLogs, Explain: s.explain,
 	})...)
+	routes = append(routes, clusters.Routes(clusters.Config{Clusters: s.clusters})...)
 	routes = append(routes, s.ownRoutes()...)
 	s.api, err = azureapi.New(azureapi.Config{
 		Endpoints: s.endpoints, Routes: routes, Verifier: s.identity, Tenant: s.identity.TenantID(), Log: s.log, Observe: s.metrics.observe,

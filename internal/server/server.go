@@ -46,6 +46,7 @@ import (
 	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/audit"
 	"keyfleet.dev/keyfleet/internal/azureapi"
+	"keyfleet.dev/keyfleet/internal/cluster"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/identity"
 	"keyfleet.dev/keyfleet/internal/nodeapi"
@@ -91,6 +92,7 @@ type Server struct {
 
 	gate          *access.Gate
 	identity      *identity.Service
+	clusters      *cluster.Service
 	subscriptions *subscription.Service
 	vaults        *vault.Vaults
 	clock         *vault.Clock

@@ -24,8 +24,9 @@ func Providers() []Provider {
 	return []Provider{
 		{Namespace: "Microsoft.Authorization", Types: []string{"roleAssignments", "roleDefinitions"}},
 		{Namespace: "Microsoft.Batch", Types: []string{"batchAccounts", "batchAccounts/pools"}},
+		{Namespace: "Microsoft.ContainerService", Types: []string{"managedClusters"}},
 		{Namespace: "Microsoft.KeyVault", Types: []string{"vaults", "deletedVaults"}},
-		{Namespace: "Microsoft.ManagedIdentity", Types: []string{"userAssignedIdentities"}},
+		{Namespace: "Microsoft.ManagedIdentity", Types: []string{"userAssignedIdentities", "userAssignedIdentities/federatedIdentityCredentials"}},
 		{Namespace: "Microsoft.Resources", Types: []string{"subscriptions", "resourceGroups", "resources", "tenants"}},
 	}
 }

@@ -43,7 +43,12 @@ type azure struct {
 
 func start(t *testing.T, args ...string) *azure {
 	t.Helper()
-	s := stack.Start(t, stack.Config{Args: args})
+	return startAs(t, stack.Config{Args: args})
+}
+
+func startAs(t *testing.T, cfg stack.Config) *azure {
+	t.Helper()
+	s := stack.Start(t, cfg)
 	admin, err := client.ReadAdmin(s.Dir)
 	if err != nil {
 		t.Fatal(err)

@@ -115,7 +115,7 @@ func (l login) configuration(v identity.Version) func(*azureapi.Request) (*azure
 		base, host := r.BaseURL()+"/"+tenant, r.Request.Host
 		c := configuration{
 			Issuer: l.identity.Issuer(v), TokenEndpoint: base + "/oauth2/token", AuthorizationEndpoint: base + "/oauth2/authorize", JWKSURI: base + "/discovery/keys",
-			AuthMethods: []string{"client_secret_post", "client_secret_basic"}, GrantTypes: []string{"client_credentials"},
+			AuthMethods: []string{"client_secret_post", "client_secret_basic", "private_key_jwt"}, GrantTypes: []string{"client_credentials"},
 			ResponseTypes: []string{"code"}, ResponseModes: []string{"query", "fragment", "form_post"}, SubjectTypes: []string{"pairwise"},
 			Algorithms: []string{"RS256"}, Scopes: []string{"openid", "profile", "offline_access"},
 			Claims:            []string{"sub", "iss", "aud", "exp", "iat", "nbf", "oid", "tid", "ver", "appid", "azp", "uti"},

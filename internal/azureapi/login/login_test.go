@@ -118,7 +118,7 @@ const configurationV2 = `{
   "token_endpoint": "https://login.keyfleet.internal:8443/TENANT/oauth2/v2.0/token",
   "authorization_endpoint": "https://login.keyfleet.internal:8443/TENANT/oauth2/v2.0/authorize",
   "jwks_uri": "https://login.keyfleet.internal:8443/TENANT/discovery/v2.0/keys",
-  "token_endpoint_auth_methods_supported": ["client_secret_post", "client_secret_basic"],
+  "token_endpoint_auth_methods_supported": ["client_secret_post", "client_secret_basic", "private_key_jwt"],
   "grant_types_supported": ["client_credentials"],
   "response_types_supported": ["code"],
   "response_modes_supported": ["query", "fragment", "form_post"],
@@ -247,6 +247,14 @@ func TestTokenRefusals(t *testing.T) {
 		f[k] = v
 		return f
 	}
+	assert := func(kv ...string) url.Values { // with an assertion instead of the secret
+		f := with("client_secret")
+		f["client_assertion"], f["client_assertion_type"] = []string{"a.b.c"}, []string{"urn:ietf:params:oauth:client-assertion-type:jwt-bearer"}
+		if len(kv) > 0 {
+			f[kv[0]] = kv[1:]
+		}
+		return f
+	}
 	cases := []struct {
 		reason string
 		path   string
@@ -265,7 +273,11 @@ func TestTokenRefusals(t *testing.T) {
 		{"another grant type", ten, with("grant_type", "password"), 400, "unsupported_grant_type", 70003},
 		{"no client id", ten, with("client_id"), 400, "invalid_request", 900144},
 		{"no secret", ten, with("client_secret"), 401, "invalid_client", 7000216},
-		{"an assertion", ten, with("client_assertion", "x"), 401, "invalid_client", 7000215},
+		{"a secret and an assertion", ten, with("client_assertion", "x"), 400, "invalid_request", 900144},
+		{"an assertion of an unknown type", ten, assert("client_assertion_type", "urn:saml2"), 400, "invalid_request", 900144},
+		{"an assertion of no type", ten, assert("client_assertion_type"), 400, "invalid_request", 900144},
+		{"an assertion for an application", ten, assert(), 401, "invalid_client", 70025},
+		{"an assertion for nobody", ten, assert("client_id", "44444444-nobody"), 400, "unauthorized_client", 700016},
 		{"a parameter twice", ten, with("scope", "a", "b"), 400, "invalid_request", 900144},
 		{"too large", ten, with("claims", strings.Repeat("x", 70<<10)), 400, "invalid_request", 900144},
 	}

@@ -19,6 +19,9 @@ import (
 const (
 	maxForm       = 64 << 10 // bytes of a token request
 	maxFormFields = 64
+
+	// assertionType is the one type of client assertions (RFC 7523, section 2.2).
+	assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 )
 
 // tokenV2 is the answer of the v2 endpoint.
@@ -81,7 +84,7 @@ func credentials(r *azureapi.Request, v identity.Version) (identity.Credentials,
 	if err != nil {
 		return none, oauth("invalid_request", 900144, "%s.", err)
 	}
-	c := identity.Credentials{Tenant: r.Param("tenant"), Version: v, ClientID: form["client_id"], Secret: form["client_secret"]}
+	c := identity.Credentials{Tenant: r.Param("tenant"), Version: v, ClientID: form["client_id"], Secret: form["client_secret"], Assertion: form["client_assertion"]}
 	if user, password, ok := r.BasicAuth(); ok {
 		if c.Secret != "" {
 			return none, oauth("invalid_request", 900144, "The client authenticates twice, by header and by body.")
@@ -101,11 +104,13 @@ func credentials(r *azureapi.Request, v identity.Version) (identity.Credentials,
 		return none, oauth("unsupported_grant_type", 70003, "The app requested an unsupported grant type '%.64s'. This server knows client_credentials.", g)
 	}
 	switch {
-	case form["client_assertion"] != "":
-		return none, oauth("invalid_client", 7000215, "Client assertions are not supported; use a client secret.")
 	case c.ClientID == "":
 		return none, missing("client_id")
-	case c.Secret == "":
+	case c.Assertion != "" && c.Secret != "":
+		return none, oauth("invalid_request", 900144, "The client authenticates twice, by secret and by assertion.")
+	case c.Assertion != "" && form["client_assertion_type"] != assertionType:
+		return none, oauth("invalid_request", 900144, "The parameter 'client_assertion_type' must be '%s'.", assertionType)
+	case c.Assertion == "" && c.Secret == "":
 		return none, oauth("invalid_client", 7000216, "'client_assertion', 'client_secret' or 'request' is required for the 'client_credentials' grant type.")
 	}
 	switch {
@@ -181,8 +186,10 @@ func refuse(r *azureapi.Request, err error) (*azureapi.Reply, error) {
 	status := http.StatusBadRequest
 	switch {
 	case e.Kind == fault.Unavailable:
-		e = oauth("temporarily_unavailable", 90033, "%s", e.Message).After(max(e.RetryAfter, time.Second))
-		status = http.StatusServiceUnavailable
+		if !strings.HasPrefix(e.Inner, "AADSTS") {
+			e = oauth("temporarily_unavailable", 90033, "%s", e.Message)
+		}
+		e, status = e.After(max(e.RetryAfter, time.Second)), http.StatusServiceUnavailable
 	case !strings.HasPrefix(e.Inner, "AADSTS"):
 		return nil, err
 	case e.Kind == fault.Unauthenticated:

@@ -204,6 +204,17 @@ func TestClientsSequences(t *testing.T) {
 		{"az identity create 2.74", "PUT", idURL + "id1?api-version=2023-01-31", `{"location":"westus2","tags":{}}`, 200},
 		{"armmsi 1.3.0", "GET", idURL + "id1?api-version=2024-11-30", "", 200},
 		{"armmsi 1.3.0", "GET", sub + "/providers/Microsoft.ManagedIdentity/userAssignedIdentities?api-version=2024-11-30", "", 200},
+		{
+			"az identity federated-credential create 2.74", "PUT", idURL + "id1/federatedIdentityCredentials/web?api-version=2023-01-31",
+			`{"properties":{"audiences":["api://AzureADTokenExchange"],"issuer":"https://issuer.example/","subject":"system:serviceaccount:shop:web"}}`, 201,
+		},
+		{
+			"armmsi 1.3.0", "PUT", idURL + "id1/federatedIdentityCredentials/WEB?api-version=2024-11-30",
+			`{"properties":{"audiences":["api://AzureADTokenExchange"],"issuer":"https://issuer.example/","subject":"system:serviceaccount:shop:web"}}`, 200,
+		},
+		{"armmsi 1.3.0", "GET", idURL + "id1/federatedIdentityCredentials?api-version=2024-11-30&$top=10", "", 200},
+		{"az identity federated-credential delete 2.74", "DELETE", idURL + "id1/federatedIdentityCredentials/web?api-version=2023-01-31", "", 200},
+		{"az identity federated-credential show 2.74", "GET", idURL + "id1/federatedIdentityCredentials/web?api-version=2023-01-31", "", 404},
 		{"az role definition list", "GET", sub + "/providers/Microsoft.Authorization/roleDefinitions?$filter=roleName%20eq%20'Contributor'&api-version=2022-04-01", "", 200},
 		{"az role assignment list", "GET", sub + "/providers/Microsoft.Authorization/roleAssignments?$filter=atScope()&api-version=2022-04-01", "", 200},
 		{"az account tenant list", "GET", "/tenants?api-version=2022-12-01", "", 200},
@@ -252,6 +263,43 @@ func TestGroupBodies(t *testing.T) {
 	types := p["resourceTypes"].([]any)[0].(map[string]any)
 	if versions := types["apiVersions"].([]any); p["namespace"] != "Microsoft.ManagedIdentity" || p["registrationState"] != "Registered" || len(versions) != len(identityVersions) || versions[0] != "2025-01-31-preview" {
 		t.Errorf("provider: %v", p)
+	}
+}
+
+// TestFederatedBodies: a federated credential comes back as it was sent, with subject or expression.
+func TestFederatedBodies(t *testing.T) {
+	s := newServer(t)
+	s.prepare(t)
+	s.must(t, 201, "PUT", idURL+"id1?api-version=2023-01-31", `{"location":"westus2"}`)
+	const one, two = "id1/federatedIdentityCredentials/web", "id1/federatedIdentityCredentials/teams"
+	subject := map[string]any{"issuer": "https://issuer.example", "subject": "system:serviceaccount:shop:web", "audiences": []any{"api://AzureADTokenExchange"}}
+	matching := map[string]any{
+		"issuer": "https://issuer.example", "audiences": []any{"api://AzureADTokenExchange"},
+		"claimsMatchingExpression": map[string]any{"value": "claims['sub'] matches 'system:serviceaccount:team-*:web'", "languageVersion": 1.0},
+	}
+	var all []any
+	for name, properties := range map[string]any{two: matching, one: subject} {
+		body, err := json.Marshal(map[string]any{"properties": properties})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := map[string]any{
+			"id": idURL + name, "name": name[strings.LastIndexByte(name, '/')+1:], "type": "Microsoft.ManagedIdentity/userAssignedIdentities/federatedIdentityCredentials", "properties": properties,
+		}
+		got := s.must(t, 201, "PUT", idURL+name+"?api-version=2025-01-31-preview", string(body))
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("%s (-want +got):\n%s", name, d)
+		}
+		all = append(all, want)
+	}
+	got := s.must(t, 200, "GET", idURL+"id1/federatedIdentityCredentials?api-version=2023-01-31", "")["value"].([]any)
+	if len(got) != len(all) {
+		t.Errorf("%d are listed", len(got))
+	}
+	status, body, _ := s.do(t, s.admin, "PUT", idURL+two+"?api-version=2025-01-31-preview",
+		`{"properties":{"issuer":"https://issuer.example","audiences":["a"],"claimsMatchingExpression":{"value":"claims['sub'] eq 'a'","languageVersion":2}}}`)
+	if status != 400 || codeOf(body) != "InvalidClaimsMatchingExpression" {
+		t.Errorf("another language version: %d %v", status, body)
 	}
 }
 
@@ -447,12 +495,13 @@ func TestMatrix(t *testing.T) {
 		roles[r.Name] = r
 	}
 	fill := strings.NewReplacer("{subscription}", subID, "{group}", "ACR", "{name}", "55555555-5555-5555-5555-555555555555", "{namespace}", "Microsoft.Batch",
-		"{operation}", "YS9i", "{application}", "66666666-6666-6666-6666-666666666666", "{key}", "k", "/-/", sub+"/")
+		"{operation}", "YS9i", "{application}", "66666666-6666-6666-6666-666666666666", "{key}", "k", "{credential}", "web", "/-/", sub+"/")
 	bodies := map[string]string{
 		"PUT /-/providers/microsoft.authorization/roleassignments/{name}": `{"properties":{"roleDefinitionId":"` + access.Reader.ID + `","principalId":"77777777-7777-7777-7777-777777777777"}}`,
-		"POST /keyfleet/v1/applications":                                  `{"displayName":"x","appId":"66666666-6666-6666-6666-666666666666"}`,
-		"POST /keyfleet/v1/applications/{application}/secrets":            `{}`,
-		"POST /keyfleet/v1/subscriptions":                                 `{"subscriptionId":"` + subID + `"}`,
+		"PUT /subscriptions/{subscription}/resourcegroups/{group}/providers/microsoft.managedidentity/userassignedidentities/{name}/federatedidentitycredentials/{credential}": `{"properties":{"issuer":"https://issuer.example","subject":"s","audiences":["a"]}}`,
+		"POST /keyfleet/v1/applications":                       `{"displayName":"x","appId":"66666666-6666-6666-6666-666666666666"}`,
+		"POST /keyfleet/v1/applications/{application}/secrets": `{}`,
+		"POST /keyfleet/v1/subscriptions":                      `{"subscriptionId":"` + subID + `"}`,
 	}
 	cells := 0
 	for _, rt := range s.Routes() {

@@ -7,7 +7,7 @@
 // result into Azure's wire type; nothing is decided here.
 //
 //	subscriptions, resource groups, providers, locations, resources, tenants   package subscription
-//	userAssignedIdentities, applications                                       package identity
+//	userAssignedIdentities, their federated credentials, applications          package identity
 //	roleAssignments, roleDefinitions                                           package access
 //	audit                                                                      package audit
 //	/metadata/endpoints                                                        this package
@@ -53,6 +53,7 @@ func Routes(cfg Config) []azureapi.Route {
 	table = append(table, s.subscriptionRoutes()...)
 	table = append(table, s.groupRoutes()...)
 	table = append(table, s.identityRoutes()...)
+	table = append(table, s.federatedRoutes()...)
 	table = append(table, s.authorizationRoutes()...)
 	return append(table, s.adminRoutes()...)
 }

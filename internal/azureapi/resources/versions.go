@@ -27,6 +27,7 @@ var (
 		"2015-08-31-preview", "2018-11-30", "2021-09-30-preview", "2022-01-31-preview", "2023-01-31", "2023-07-31-preview", "2024-11-30",
 		"2025-01-31-preview",
 	}
+	federatedVersions     = identityVersions[3:] // they came with 2022-01-31-preview
 	authorizationVersions = []string{
 		"2015-07-01", "2018-01-01-preview", "2018-07-01", "2018-09-01-preview", "2020-03-01-preview", "2020-04-01-preview", "2020-08-01-preview",
 		"2020-10-01-preview", "2022-04-01", "2022-05-01-preview",

@@ -1,0 +1,68 @@
+// Command keyfleet-connector is the side of service connections that knows Kubernetes.
+//
+//	keyfleet-connector manager --from DIR
+//
+// looks after all clusters that are registered at a server. DIR is what "keyfleet
+// cluster manager create" wrote: how to reach the server, and the credential. It
+// logs on standard error.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"keyfleet.dev/keyfleet/client"
+	"keyfleet.dev/keyfleet/internal/scextension"
+)
+
+// version is set by the build.
+var version = "development"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root := &cobra.Command{
+		Use: "keyfleet-connector", Short: "The cluster side of service connections", Version: version, Args: cobra.NoArgs,
+		SilenceUsage: true, SilenceErrors: true,
+	}
+	root.AddCommand(manager())
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintf(os.Stderr, "Error: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func manager() *cobra.Command {
+	var from string
+	var interval time.Duration
+	c := &cobra.Command{
+		Use: "manager", Short: "Look after the clusters that are registered at a server", Args: cobra.NoArgs,
+		Example: "  keyfleet-connector manager --from /etc/keyfleet-connector",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := client.FromAdmin(from)
+			if err != nil {
+				return err
+			}
+			server, err := client.New(cfg)
+			if err != nil {
+				return err
+			}
+			defer server.Close()
+			log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+			log.Info("looking after clusters", "server", cfg.Endpoints.ResourceManager, "interval", interval)
+			m := scextension.Manager{Server: server, Interval: interval, Log: log}
+			return m.Run(cmd.Context())
+		},
+	}
+	c.Flags().StringVar(&from, "from", "", "folder with the login that \"keyfleet cluster manager create\" wrote (required)")
+	c.Flags().DurationVar(&interval, "interval", 10*time.Second, "time between two looks at a cluster")
+	_ = c.MarkFlagRequired("from")
+	return c
+}
