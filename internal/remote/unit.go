@@ -132,7 +132,11 @@ func (h *Host) runUnit(ctx context.Context, s rotation.Script, id string) ([]byt
 func (h *Host) unitResult(s rotation.Script, state []string, end *outcome) ([]byte, error) {
 	var took, size int
 	if state[0] != "ended" {
-		return nil, fault.New(fault.Unavailable, "", "%q on %s was ended before its end, perhaps by a restart of the machine. Its outcome is not known.", s.Name, h.name).
+		why := "perhaps by a restart of the machine"
+		if text := strings.TrimSpace(string(end.stderr)); text != "" {
+			why = text
+		}
+		return nil, fault.New(fault.Unavailable, "", "%q on %s was ended before its end (%s). Its outcome is not known.", s.Name, h.name, why).
 			WithFix("run the command again, which looks at what was done; %s there has the output", h.log)
 	}
 	if _, err := fmt.Sscan(strings.Join(state[1:], " "), &end.status, &took, &size); err != nil {
@@ -172,11 +176,14 @@ func (h *Host) otherScript(s rotation.Script) error {
 		WithFix("wait for its end, or look who began it: systemctl status %s", s.Unit)
 }
 
-// held must be asked before it is looked for status: then no status is missed.
+// held must be asked before it is looked for status: then no status is missed. full
+// says that the disk is full, for a program on a full disk cannot leave that behind,
+// and the shell's own word for it is "I/O error": so files are written by cat.
 const unitCommon = `umask 077
 cd /
 held() { ! flock -n -s "$dir/running" true; }
 is() { [ "$(cat "$dir/$1" 2>/dev/null)" = "$2" ]; }
+full() { df -Pk "$dir" 2>/dev/null | awk 'NR == 2 && $4 < 16 { print "No space left on device: " $6 " is full" }' >&2; }
 discard() {
 	[ ! -e "$dir/input" ] || shred -u "$dir/input" || :
 	rm -rf "$dir"
@@ -199,10 +206,10 @@ if [ -d "$dir" ]; then
 fi
 mkdir "$dir"
 trap discard EXIT
-echo "$id" >"$dir/id"
-echo "$token" >"$dir/token"
+echo "$id" | cat >"$dir/id"
+echo "$token" | cat >"$dir/token"
 printf %s "$input" | base64 -d >"$dir/input"
-printf %s "$runner" >"$dir/runner"
+printf %s "$runner" | cat >"$dir/runner"
 if [ -d /run/systemd/system ]; then
 	systemctl reset-failed "$unit.service" 2>/dev/null || :
 	systemd-run --quiet --unit="$unit" $environment /bin/sh "$dir/runner" 8>&- >&2
@@ -214,6 +221,7 @@ until [ -e "$dir/begun" ]; do
 	i=$((i + 1))
 	if [ "$i" -gt 300 ]; then
 		echo "unit $unit did not begin within 30 s" >&2
+		full
 		exit 1
 	fi
 	sleep 0.1
@@ -249,9 +257,11 @@ elif [ -s "$dir/status" ]; then
 	size=$(wc -c <"$dir/stdout")
 	echo "ended $(cat "$dir/status") $size"
 	tail -c 16384 "$dir/stderr" >&2
+	case $(cat "$dir/status") in 0\ *) ;; *) full ;; esac
 	[ "$size" -gt "$most" ] || cat "$dir/stdout"
 else
 	echo died
+	full
 fi
 `
 

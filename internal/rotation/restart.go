@@ -124,6 +124,12 @@ func (e *Engine) restartBack(ctx context.Context, s Step) error {
 			return err
 		}
 	}
+	if e.Observed.machine(s.Node).OS != windowsOS { // where services can be restarted as often as one likes
+		// A runner that died when all was done, but for the record, has restarted them.
+		if ok, err := e.restarted(ctx, s, s.before()); err != nil || ok {
+			return err
+		}
+	}
 	return e.restart(ctx, s, s.before())
 }
 

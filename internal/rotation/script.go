@@ -262,12 +262,17 @@ hurry() { # pid of the API server
     sleep 1; i=$((i+1))
   done
 }
-begin() { # STAGE:MANIFEST, or unit:UNIT
-  case $1 in unit:*) systemctl restart "${1#unit:}" ;; *) place "${1%%:*}" "${1#*:}" ;; esac
+begin() { # NAME:STAGE:MANIFEST, or NAME:unit:UNIT
+  what=${1#*:}; stage=${what%%:*}; path=${what#*:}; running=
+  if [ "$stage" = unit ]; then systemctl restart "$path"; return; fi
+  # Of a manifest that is there already the kubelet takes no notice; it does of a process that ends.
+  if cmp -s "$RUN/$stage$path" "$path"; then running=$(pid_of "${1%%:*}"); fi
+  place "$stage" "$path"
+  [ -z "$running" ] || kill "$running" 2>/dev/null || true
 }
-restart() { # NAME:..., as begin
+restart() { # as begin
   name=${1%%:*}; old=$(pid_of "$name")
-  begin "${1#*:}"
+  begin "$1"
   if [ "$name" = kube-apiserver ]; then hurry "$old"; fi
   wait_new "$name" "$old"
 }
@@ -277,9 +282,9 @@ for arg; do
 done
 olds=
 for arg in $others; do
-  name=${arg%%:*}; rest=${arg#*:}
+  name=${arg%%:*}
   olds="$olds $name:$(pid_of "$name")"
-  begin "$rest"
+  begin "$arg"
 done
 if [ -n "$api" ]; then drain; fi
 if [ -n "$etcd" ]; then
