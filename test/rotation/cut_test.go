@@ -17,12 +17,27 @@ func gnaw(n int) int64 {
 	return 2<<10 + int64(n)*3571%(20<<10)
 }
 
+// everywhere cuts connections ever later, from 4 KiB on, until a step is on record;
+// then it begins anew. So every step is cut in several places, its uploads and its
+// commands, and gets through in the end.
+func (c *cluster) everywhere() func(n int) int64 {
+	recorded, size := -1, int64(0)
+	return func(int) int64 {
+		if now := c.recorded(); now != recorded {
+			recorded, size = now, 4<<10
+		} else {
+			size += size / 2
+		}
+		return size
+	}
+}
+
 // throughCuts calls the same command again and again over a line that is cut,
 // until enough says that it has come far enough. The cuts and calls are returned.
 func (c *cluster) throughCuts(t *testing.T, budget func(n int) int64, enough func(status int, out string) bool, args ...string) (cuts, calls int) {
 	t.Helper()
 	d, l := c.over(t, budget)
-	for calls < 300 {
+	for calls < 1000 {
 		status, out := d.call(args...)
 		calls++
 		if enough(status, out) {
@@ -56,7 +71,7 @@ func TestLineIsCutEverywhere(t *testing.T) {
 	}
 	c := up(t, 1, 1, "")
 	before, old := c.authorities(t, "master-0"), c.admin()
-	cuts, calls := c.throughCuts(t, gnaw, func(status int, _ string) bool { return status == 0 || c.finished() }, "--restart-pods")
+	cuts, calls := c.throughCuts(t, c.everywhere(), func(status int, _ string) bool { return status == 0 || c.finished() }, "--restart-pods")
 	if n := c.materials(); n != 1 {
 		t.Errorf("new CAs were made %d times", n)
 	}
