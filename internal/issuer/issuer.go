@@ -67,9 +67,6 @@ type Client struct {
 	issuers map[string]*known
 }
 
-// source is where keys come from: an issuer at its URL, or a cluster that is that issuer.
-type source struct{ issuer, cluster string }
-
 // known is what is remembered of an issuer. Its lock is held while it is asked,
 // so that many tokens of one issuer make one request.
 type known struct {
@@ -122,7 +119,7 @@ func (c *Client) Verify(ctx context.Context, issuer, cluster, jws string) ([]byt
 		return nil, fault.New(fault.Unauthenticated, "", "it is not a JWT with a signature of a known algorithm.").Because(err)
 	}
 	id := signed.Signatures[0].Header.KeyID
-	candidates, published, err := c.keys(ctx, source{issuer, cluster}, id)
+	candidates, published, err := c.keys(ctx, issuer, cluster, id)
 	if err != nil {
 		return nil, err
 	}
@@ -139,19 +136,19 @@ func (c *Client) Verify(ctx context.Context, issuer, cluster, jws string) ([]byt
 
 // keys returns the public keys of an issuer with the id, all of them if the id is
 // empty, and how many there are of any id.
-func (c *Client) keys(ctx context.Context, from source, id string) (candidates []jose.JSONWebKey, published int, err error) {
-	if from.cluster != "" { // nothing to gain from remembering what is remembered where it comes from
-		set, err := c.published(ctx, from)
+func (c *Client) keys(ctx context.Context, issuer, cluster, id string) (candidates []jose.JSONWebKey, published int, err error) {
+	if cluster != "" { // nothing to gain from remembering what is remembered where it comes from
+		set, err := c.published(ctx, issuer, cluster)
 		return withID(set, id), len(set.Keys), err
 	}
-	k := c.known(from.issuer)
+	k := c.known(issuer)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	now := c.cfg.Now()
 	age := now.Sub(k.fetched)
 	candidates = withID(k.keys, id)
 	if (age >= c.cfg.Fresh || len(candidates) == 0) && now.Sub(k.asked) >= c.cfg.Pause {
-		k.refresh(ctx, c, from.issuer, now)
+		k.refresh(ctx, c, issuer, now)
 		candidates, age = withID(k.keys, id), now.Sub(k.fetched)
 	}
 	if k.problem != nil && (len(candidates) == 0 || age >= c.cfg.Stale) {
@@ -199,8 +196,8 @@ func (k *known) refresh(ctx context.Context, c *Client, issuer string, now time.
 }
 
 // published gets the keys that a cluster publishes.
-func (c *Client) published(ctx context.Context, from source) (jose.JSONWebKeySet, error) {
-	text, err := c.cfg.Published(ctx, from.issuer, from.cluster)
+func (c *Client) published(ctx context.Context, issuer, cluster string) (jose.JSONWebKeySet, error) {
+	text, err := c.cfg.Published(ctx, issuer, cluster)
 	var keys jose.JSONWebKeySet
 	if err == nil {
 		keys, err = parseKeys(text)
