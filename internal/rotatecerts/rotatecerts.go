@@ -220,7 +220,8 @@ func (c *command) plan(ctx context.Context) error {
 	return c.show(p)
 }
 
-// unfinished opens the journal of the newest run that is not finished; nil if there is none.
+// unfinished opens the journal of the newest run that is not finished; nil if there
+// is none. One without a plan is removed: its runner died before it had begun anything.
 func (c *command) unfinished() (path string, j *journal.Journal, err error) {
 	paths, err := filepath.Glob(filepath.Join(c.o.dir, "*", "journal"))
 	if err != nil {
@@ -232,11 +233,19 @@ func (c *command) unfinished() (path string, j *journal.Journal, err error) {
 		if err != nil {
 			return "", nil, err
 		}
-		if _, _, ok, err := rotation.Kept(j); err == nil && ok && !j.State().Finished {
+		_, _, planned, err := rotation.Kept(j)
+		if err == nil && planned && !j.State().Finished {
 			return path, j, nil
 		}
-		if err := j.Close(); err != nil {
+		if err != nil {
+			err = fmt.Errorf("reading the plan in %s: %w", path, err)
+		}
+		if err := errors.Join(err, j.Close()); err != nil {
 			return "", nil, err
+		}
+		if !planned {
+			_ = os.Remove(path)
+			_ = os.Remove(filepath.Dir(path)) // stays if there is anything else in it
 		}
 	}
 	return "", nil, nil
