@@ -15,7 +15,9 @@ import (
 	"keyfleet.dev/keyfleet/internal/azureapi/login"
 	"keyfleet.dev/keyfleet/internal/azureapi/nodes"
 	"keyfleet.dev/keyfleet/internal/azureapi/resources"
+	"keyfleet.dev/keyfleet/internal/azureapi/servicelinker"
 	"keyfleet.dev/keyfleet/internal/cluster"
+	"keyfleet.dev/keyfleet/internal/connector"
 	"keyfleet.dev/keyfleet/internal/identity"
 	"keyfleet.dev/keyfleet/internal/issuer"
 	"keyfleet.dev/keyfleet/internal/nodeapi"
@@ -131,6 +133,11 @@ func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error
 	routes = append(routes, nodes.Routes(nodes.Config{
 		Gate: gate, AgentOf: s.agentOf, Sessions: sessions, Logs: s.logs, AskLogs: s.edge.AskLogs, Explain: s.explain,
 	})...)
+	catalogue, err := connector.LoadCatalogue()
+	if err != nil {
+		return err
+	}
+	routes = append(routes, servicelinker.Routes(servicelinker.Config{Catalogue: catalogue})...)
 	routes = append(routes, clusters.Routes(clusters.Config{Clusters: s.clusters})...)
 	routes = append(routes, s.ownRoutes()...)
 	s.api, err = azureapi.New(azureapi.Config{
