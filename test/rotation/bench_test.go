@@ -102,7 +102,8 @@ func baseline(t *testing.T, c *cluster, out *table) {
 	for _, n := range c.Nodes[len(c.masters()):] {
 		conf := base64.StdEncoding.EncodeToString([]byte(c.sh("master-0", "cat /root/new/"+n.Name+"/kubelet.conf")))
 		ca := base64.StdEncoding.EncodeToString([]byte(c.sh("master-0", "cat /root/new/pki/ca.crt")))
-		c.sh(n.Name, "echo "+conf+" | base64 -d >/etc/kubernetes/kubelet.conf; echo "+ca+" | base64 -d >/etc/kubernetes/pki/ca.crt; rm -f /var/lib/kubelet/pki/kubelet-client-current.pem; systemctl restart kubelet")
+		// kubeadm's leads to an API server of the machine's own, which a worker has not.
+		c.sh(n.Name, "server=$(grep server: /etc/kubernetes/kubelet.conf); echo "+conf+" | base64 -d >/etc/kubernetes/kubelet.conf; sed -i \"s|.*server:.*|$server|\" /etc/kubernetes/kubelet.conf; echo "+ca+" | base64 -d >/etc/kubernetes/pki/ca.crt; rm -f /var/lib/kubelet/pki/kubelet-client-current.pem; systemctl restart kubelet")
 	}
 	c.heardAgain(len(c.Nodes))
 	took := time.Since(began)
