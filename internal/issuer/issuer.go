@@ -25,6 +25,7 @@
 package issuer
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -90,10 +91,8 @@ var algorithms = []jose.SignatureAlgorithm{
 
 // New returns a Client.
 func New(cfg Config) *Client {
-	setDefault(&cfg.Timeout, 5*time.Second)
-	setDefault(&cfg.Fresh, 5*time.Minute)
-	setDefault(&cfg.Stale, time.Hour)
-	setDefault(&cfg.Pause, 5*time.Second)
+	cfg.Timeout, cfg.Fresh = cmp.Or(cfg.Timeout, 5*time.Second), cmp.Or(cfg.Fresh, 5*time.Minute)
+	cfg.Stale, cfg.Pause = cmp.Or(cfg.Stale, time.Hour), cmp.Or(cfg.Pause, 5*time.Second)
 	if cfg.Published == nil {
 		cfg.Published = func(context.Context, string, string) ([]byte, error) { return nil, errors.New("there are no clusters") }
 	}
@@ -101,12 +100,6 @@ func New(cfg Config) *Client {
 		cfg.Now = time.Now
 	}
 	return &Client{cfg: cfg, issuers: map[string]*known{}}
-}
-
-func setDefault(d *time.Duration, v time.Duration) {
-	if *d == 0 {
-		*d = v
-	}
 }
 
 // Verify checks that a compact JWS (RFC 7515) was signed with a key that the issuer
