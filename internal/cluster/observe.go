@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -148,17 +149,10 @@ func (s *Service) Issuer(ctx context.Context, resourceID string) (id, issuer str
 	}
 	if o.Status.Issuer == "" {
 		state, reason := o.Status.State(s.cfg.Now())
-		return "", "", fault.New(fault.Conflict, "IssuerNotSeen", "The issuer of the cluster '%s' was not seen yet (it is %s: %s).", o.Spec.ID, state, orNone(reason)).
+		return "", "", fault.New(fault.Conflict, "IssuerNotSeen", "The issuer of the cluster '%s' was not seen yet (it is %s: %s).", o.Spec.ID, state, cmp.Or(reason, "its kubeconfig does not give the permission")).
 			WithFix("keyfleet cluster show %s says what is missing", o.ID[strings.LastIndexByte(o.ID, '/')+1:])
 	}
 	return o.Spec.ID, o.Status.Issuer, nil
-}
-
-func orNone(s string) string {
-	if s == "" {
-		return "its kubeconfig does not give the permission"
-	}
-	return s
 }
 
 // KeySet returns the public keys (RFC 7517) that a cluster publishes as that issuer,
