@@ -163,37 +163,54 @@ func (t *tool) managerCreate() *cobra.Command {
 	c := t.verb("create NAME", "Make a login for keyfleet-connector", `
 keyfleet cluster manager create connector --to-dir /etc/keyfleet-connector
 keyfleet-connector manager --from /etc/keyfleet-connector`, cobra.ExactArgs(1), func(ctx context.Context, args []string) error {
+		role, err := t.role(ctx, managerRole)
+		if err != nil {
+			return err
+		}
 		if err := os.Mkdir(dir, 0o700); errors.Is(err, fs.ErrExist) {
 			return usagef("%s exists already", dir).withFix("remove it, or name another folder")
 		} else if err != nil {
 			return fmt.Errorf("making the folder: %w", err)
 		}
-		u, err := t.applicationURL(ctx)
-		if err != nil {
-			return err
-		}
-		role, err := t.role(ctx, managerRole)
-		if err != nil {
-			return err
-		}
-		app, err := t.call(ctx, request(http.MethodPost, u, "", map[string]any{"displayName": args[0]}))
-		if err != nil {
-			return err
-		}
-		if err := t.writeLogin(dir, app); err != nil {
-			return err
-		}
-		oid := app.str("id")
-		grant := t.client.AtScope("/", "roleAssignments/"+grantName("/", oid, role.name()))
-		body := map[string]any{"properties": map[string]string{"roleDefinitionId": role.str("id"), "principalId": oid}}
-		if _, err := t.call(ctx, request(http.MethodPut, grant, client.VersionRoles, body)); err != nil {
-			return err
+		if err := t.makeManager(ctx, args[0], dir, role); err != nil {
+			return errors.Join(err, os.RemoveAll(dir)) // it was made here; the same command can be given again
 		}
 		return t.done("The login of %s is in %s. Run: keyfleet-connector manager --from %s", args[0], dir, dir)
 	})
 	c.Flags().StringVar(&dir, "to-dir", "", "new folder, made with mode 0700 (required)")
 	_ = c.MarkFlagRequired("to-dir")
 	return c
+}
+
+// makeManager makes an application with the role, and writes its login into a folder.
+// Where that fails the application goes again.
+func (t *tool) makeManager(ctx context.Context, name, dir string, role object) error {
+	u, err := t.applicationURL(ctx)
+	if err != nil {
+		return err
+	}
+	app, err := t.call(ctx, request(http.MethodPost, u, "", map[string]any{"displayName": name}))
+	if err != nil {
+		return err
+	}
+	oid := app.str("id")
+	grant := t.client.AtScope("/", "roleAssignments/"+grantName("/", oid, role.name()))
+	body := map[string]any{"properties": map[string]string{"roleDefinitionId": role.str("id"), "principalId": oid}}
+	_, err = t.call(ctx, request(http.MethodPut, grant, client.VersionRoles, body))
+	if err == nil {
+		err = t.writeLogin(dir, app)
+	}
+	if err == nil {
+		return nil
+	}
+	u, gone := t.applicationURL(ctx, app.str("appId"))
+	if gone == nil {
+		_, gone = t.client.Do(ctx, request(http.MethodDelete, u, "", nil))
+	}
+	if gone != nil {
+		return fmt.Errorf("%w; the application %s stays: %w", err, app.str("appId"), gone)
+	}
+	return err
 }
 
 // writeLogin writes admin.json and ca.crt, as a server does into its data directory.

@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -52,7 +53,7 @@ const (
 
 // Run looks at all clusters every Interval until ctx ends. It returns nil then.
 func (m *Manager) Run(ctx context.Context) error {
-	if m.Interval == 0 {
+	if m.Interval <= 0 {
 		m.Interval = 10 * time.Second
 	}
 	tick := time.NewTicker(m.Interval)
@@ -82,7 +83,7 @@ func (m *Manager) Visit(ctx context.Context) error {
 			c = connection{}
 			api, err := m.open(ctx, a.ID)
 			if err != nil {
-				m.report(ctx, a.ID, wire.Observation{Problem: err.Error()})
+				m.report(ctx, a.ID, wire.Observation{Problem: problem(err)})
 				continue
 			}
 			c = connection{a.Login, api}
@@ -111,7 +112,7 @@ func (m *Manager) Visit(ctx context.Context) error {
 func problem(err error) string {
 	const most = 500
 	text := "looking at the cluster: " + err.Error()
-	return text[:min(len(text), most)]
+	return strings.ToValidUTF8(text[:min(len(text), most)], "")
 }
 
 // open fetches the kubeconfig of a cluster.

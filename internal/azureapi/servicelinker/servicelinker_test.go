@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/http/httptest"
 	"net/url"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -116,9 +115,6 @@ func FuzzFilter(f *testing.F) {
 	f.Add("TargetService eq 'Microsoft.KeyVault/vaults' and ClientType eq 'go'")
 	f.Add("a eq '' and")
 	f.Fuzz(func(t *testing.T, filter string) {
-		if strings.ContainsAny(filter, "\x00") {
-			t.Skip()
-		}
 		if status, body := get(t, api, filtered(filter)); status != 200 && status != 400 {
 			t.Errorf("%q: %d %v", filter, status, body)
 		}
