@@ -105,9 +105,11 @@ func killRun(t *testing.T, program, at string) (effects []string, reads int64) {
 	})
 	reads = stop()
 	if at != "" {
-		if _, err := os.Stat(filepath.Join(n.dir, "once")); err != nil {
-			t.Errorf("the service did not die at %s", at)
-		}
+		// The last effect is what was waited for above: it shows before the service dies of it.
+		s.until("the service's death at "+at, func() bool {
+			_, err := os.Stat(filepath.Join(n.dir, "once"))
+			return err == nil
+		})
 	}
 	checkEnd(t, n, trace, targets, at)
 	for line := range strings.Lines(readText(log)) {
