@@ -28,13 +28,14 @@ type Record struct {
 	Value json.RawMessage `json:"value,omitempty"` // of "set"
 }
 
-// Journal is an open journal file. It is for one goroutine, and one process: the
-// file is locked. Make it with [Open].
+// Journal is an open journal. It is for one goroutine, and one process: a file is
+// locked. Make it with [Open] or [Replay].
 type Journal struct {
 	path   string
-	file   *os.File
-	last   string // hash of the last line
-	broken error  // why nothing can be appended any more; nil: it can
+	file   *os.File                // nil: keep has the lines
+	keep   func(line string) error // makes a line durable
+	last   string                  // hash of the last line
+	broken error                   // why nothing can be appended any more; nil: it can
 	state  State
 	values map[string]json.RawMessage
 }
@@ -59,10 +60,40 @@ func Open(path string) (*Journal, error) {
 		return nil, fmt.Errorf("opening the journal: %w", err)
 	}
 	j := &Journal{path: path, file: f, state: State{Steps: map[string]Status{}}, values: map[string]json.RawMessage{}}
+	j.keep = j.write
 	if err := j.read(); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return j, nil
+}
+
+// Replay opens a journal whose lines are kept elsewhere, without their line ends,
+// under a name for errors. keep is given each new line; when it returns nil the
+// line is durable, and whoever reads the lines next gets it. A broken journal is a fault.Invalid.
+func Replay(name string, lines []string, keep func(line string) error) (*Journal, error) {
+	var content bytes.Buffer
+	for _, l := range lines {
+		content.WriteString(l + "\n")
+	}
+	records, last, _, err := parse(content.Bytes())
+	if err != nil {
+		return nil, fault.New(fault.Invalid, "", "The journal %s cannot be used: %s.", name, err)
+	}
+	j := &Journal{path: name, keep: keep, last: last, state: State{Steps: map[string]Status{}}, values: map[string]json.RawMessage{}}
+	for _, r := range records {
+		j.apply(r)
+	}
+	return j, nil
+}
+
+// write appends a line to the file.
+func (j *Journal) write(line string) error {
+	return effect.Do("append journal record", func() error {
+		if _, err := j.file.WriteString(line + "\n"); err != nil {
+			return err
+		}
+		return j.file.Sync()
+	})
 }
 
 // read locks the file, replays it, and drops an unfinished last line.
@@ -133,7 +164,7 @@ func chain(last string, text []byte) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// append writes a record and returns when it is on disk.
+// append writes a record and returns when it is durable.
 func (j *Journal) append(r Record) error {
 	if j.broken != nil {
 		return j.broken
@@ -144,14 +175,7 @@ func (j *Journal) append(r Record) error {
 		return fmt.Errorf("encoding a journal record: %w", err)
 	}
 	hash := chain(j.last, text)
-	line := append([]byte(hash+" "), append(text, '\n')...)
-	err = effect.Do("append journal record", func() error {
-		if _, err := j.file.Write(line); err != nil {
-			return err
-		}
-		return j.file.Sync()
-	})
-	if err != nil {
+	if err := j.keep(hash + " " + string(text)); err != nil {
 		// Part of the line may be there; opening the journal again drops it.
 		j.broken = fmt.Errorf("writing the journal: %w", err)
 		return j.broken
@@ -197,8 +221,13 @@ func (j *Journal) Get(name string, v any) (ok bool, err error) {
 	return true, nil
 }
 
-// Close gives the file back.
-func (j *Journal) Close() error { return j.file.Close() }
+// Close gives the file back, if there is one.
+func (j *Journal) Close() error {
+	if j.file == nil {
+		return nil
+	}
+	return j.file.Close()
+}
 
 func syncDir(dir string) error {
 	d, err := os.Open(dir)

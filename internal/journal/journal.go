@@ -11,7 +11,8 @@
 //	HASH {"at":"…","event":"done","step":"trust the new CA"}
 //
 // HASH is the SHA-256 of the line before it and of the rest of its own line. Each
-// line is synced before the next thing happens.
+// line is durable before the next thing happens: synced in a file ([Open]), or
+// kept by whoever replays it ([Replay]).
 //
 // Invariant: a step that touched anything is recorded as started. A journal whose
 // chain of hashes is broken is refused; a last line that a crash left unfinished

@@ -384,3 +384,40 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestReplay: lines that are kept elsewhere carry a change through any crash, and
+// are refused when one was changed.
+func TestReplay(t *testing.T) {
+	var lines []string
+	var keep func(string) error
+	done := map[string]int{}
+	steps := []Step{
+		{Name: "one", Do: func(context.Context) error { done["one"]++; return nil }},
+		{Name: "two", Do: func(context.Context) error { done["two"]++; return nil }},
+	}
+	for died := 0; died < 10; died++ {
+		written := 0
+		keep = func(line string) error {
+			if written == 2 { // of a life: begin a step and end it
+				return errors.New("the store is away")
+			}
+			written++
+			lines = append(lines, line)
+			return nil
+		}
+		j, err := Replay("x", lines, func(line string) error { return keep(line) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := j.Run(t.Context(), steps, Options{}); err == nil {
+			if !j.State().Finished || died < 2 || done["two"] == 0 {
+				t.Errorf("finished after %d deaths: %+v, %v", died, j.State(), done)
+			}
+			break
+		}
+	}
+	lines[1] = strings.Replace(lines[1], "one", "two", 1)
+	if _, err := Replay("x", lines, keep); fault.KindOf(err) != fault.Invalid {
+		t.Errorf("a changed line: %v", err)
+	}
+}
