@@ -10,12 +10,14 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -275,17 +277,20 @@ func Issue(t testing.TB, ca *pki.CA, tmpl pki.Template) (cert, key []byte) {
 	return pki.EncodeChain(chain...), key
 }
 
-// Free returns a port of loopback on which nobody listens at the moment.
+// Free returns a port of loopback on which nobody listens at the moment. It is below
+// the range from which connections and listeners on port 0 get theirs, so that none
+// of them takes it before the program that it is for.
 func Free(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := strconv.Itoa(12000 + rand.IntN(18000))
+		l, err := net.Listen("tcp", "127.0.0.1:"+port)
+		if err != nil {
+			continue
+		}
+		_ = l.Close()
+		return port
 	}
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
+	t.Fatal("no port is free")
+	return ""
 }
