@@ -98,8 +98,10 @@ type Work struct {
 
 // Assignment is one cluster. Login changes when its kubeconfig does.
 type Assignment struct {
-	ID    string `json:"id"`
-	Login string `json:"login"`
+	ID          string           `json:"id"`
+	Login       string           `json:"login"`
+	Extensions  []ExtensionWork  `json:"extensions,omitempty"`
+	Connections []ConnectionWork `json:"connections,omitempty"`
 }
 
 // Observation is what a manager saw of a cluster: Problem, or the rest.

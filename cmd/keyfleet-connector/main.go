@@ -3,8 +3,15 @@
 //	keyfleet-connector manager --from DIR
 //
 // looks after all clusters that are registered at a server. DIR is what "keyfleet
-// cluster manager create" wrote: how to reach the server, and the credential. It
-// logs on standard error.
+// cluster manager create" wrote: how to reach the server, and the credential.
+//
+//	keyfleet-connector operator
+//	keyfleet-connector job
+//	keyfleet-connector webhook --tenant-id ID --authority-host URL
+//
+// are what the chart of sc-extension runs in a cluster: they keep the objects of its
+// connections as they shall be, do so once, and give pods their identity. All log on
+// standard error; the job prints what it did on standard output.
 package main
 
 import (
@@ -32,7 +39,7 @@ func main() {
 		Use: "keyfleet-connector", Short: "The cluster side of service connections", Version: version, Args: cobra.NoArgs,
 		SilenceUsage: true, SilenceErrors: true,
 	}
-	root.AddCommand(manager())
+	root.AddCommand(manager(), operator(), job(), webhook())
 	if err := root.ExecuteContext(ctx); err != nil {
 		fmt.Fprintf(os.Stderr, "Error: %v\n", err)
 		os.Exit(1)

@@ -1,12 +1,12 @@
 // Package scextension is the side of service connections that knows Kubernetes:
 // the program keyfleet-connector.
 //
-// Idea: the server keeps what shall be, and this program, which may stand wherever
-// a cluster can be reached, makes it so and reports what it sees. So far it looks:
-// the manager visits every registered cluster again and again.
+// Idea: the server keeps what shall be, and this program makes it so and reports what
+// it sees. Its manager may stand wherever a cluster can be reached; its operator,
+// its job and its webhook run in the cluster.
 //
-//	server ──Work──> manager ──looks──> API servers
-//	   └<──observation──┘
+//	server ──work──> manager ──desired states──> sc-system ──> operator, sc-job ──> Secrets, ServiceAccounts
+//	   └<──what was seen──┘<────what was applied────┘
 //
 // Invariant: the manager keeps nothing but connections; another one, or the same
 // started again, goes on from what the server says. A cluster that does not answer
@@ -20,8 +20,10 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -34,10 +36,21 @@ import (
 // Manager looks after the clusters of a server. Its zero value is not usable.
 type Manager struct {
 	Server   *client.Client // logged in with the role "Keyfleet Cluster Manager" at /
-	Interval time.Duration  // between two looks; zero: 10 s
+	Interval time.Duration  // between two looks at a cluster; zero: 10 s
+	Poll     time.Duration  // between two questions for work; zero: 1 s, at most Interval
 	Log      *slog.Logger
 
 	logins map[string]connection // by cluster
+	looked map[string]time.Time  // by cluster: when it was last looked at
+
+	lock sync.Mutex
+	told map[string]told // by connection
+}
+
+// told is a report, and when it was made.
+type told struct {
+	report wire.ConnectionReport
+	time   time.Time
 }
 
 // connection is an open API, and the login that it was opened with.
@@ -47,16 +60,21 @@ type connection struct {
 }
 
 const (
-	lookTime = 8 * time.Second // for one look; a cluster that takes longer has a problem
-	visits   = 16              // clusters that are looked at side by side
+	lookTime    = 8 * time.Second  // for one look; a cluster that takes longer has a problem
+	deliverTime = 30 * time.Second // for the connections of one cluster; the rest waits for the next visit
+	visits      = 16               // clusters that are visited side by side
 )
 
-// Run looks at all clusters every Interval until ctx ends. It returns nil then.
+// Run looks at all clusters every Interval, and brings them their connections as
+// soon as it knows of them, until ctx ends. It returns nil then.
 func (m *Manager) Run(ctx context.Context) error {
 	if m.Interval <= 0 {
 		m.Interval = 10 * time.Second
 	}
-	tick := time.NewTicker(m.Interval)
+	if m.Poll <= 0 {
+		m.Poll = time.Second
+	}
+	tick := time.NewTicker(min(m.Poll, m.Interval))
 	defer tick.Stop()
 	for {
 		if err := m.Visit(ctx); err != nil && ctx.Err() == nil {
@@ -70,8 +88,12 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 }
 
-// Visit looks at all clusters once and reports what it saw.
+// Visit goes to all clusters once: to those where it is time to look, and to those
+// with connections.
 func (m *Manager) Visit(ctx context.Context) error {
+	if m.told == nil {
+		m.told, m.looked = map[string]told{}, map[string]time.Time{}
+	}
 	var work wire.Work
 	if err := m.call(ctx, http.MethodGet, "/keyfleet/v1/clusters/work", nil, &work); err != nil {
 		return err
@@ -91,21 +113,55 @@ func (m *Manager) Visit(ctx context.Context) error {
 		logins[a.ID] = c
 	}
 	m.logins = logins
+	m.forget(work)
 	var all errgroup.Group
 	all.SetLimit(visits)
-	for id, c := range logins {
+	for _, a := range work.Clusters {
+		c, open := logins[a.ID]
+		if !open {
+			continue
+		}
+		due := time.Since(m.looked[a.ID]) >= m.Interval
+		if due {
+			m.looked[a.ID] = time.Now()
+		}
 		all.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, lookTime)
-			defer cancel()
-			o, err := look(ctx, c.api)
-			if err != nil {
-				o = wire.Observation{Problem: problem(err)}
+			if due {
+				m.see(ctx, a.ID, c.api)
 			}
-			m.report(context.WithoutCancel(ctx), id, o)
+			ctx, cancel := context.WithTimeout(ctx, deliverTime)
+			defer cancel()
+			if err := m.deliver(ctx, c.api, a.Connections); err != nil {
+				m.Log.Error("connections cannot be brought to a cluster", "cluster", a.ID, "error", err)
+			}
 			return nil
 		})
 	}
 	return all.Wait()
+}
+
+// forget drops what is known of connections that are gone.
+func (m *Manager) forget(work wire.Work) {
+	there := map[string]bool{}
+	for _, a := range work.Clusters {
+		for _, c := range a.Connections {
+			there[c.ID] = true
+		}
+	}
+	m.lock.Lock()
+	defer m.lock.Unlock()
+	maps.DeleteFunc(m.told, func(id string, _ told) bool { return !there[id] })
+}
+
+// see looks at a cluster and reports what it saw.
+func (m *Manager) see(ctx context.Context, id string, api kubernetes.Interface) {
+	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	defer cancel()
+	o, err := look(ctx, api)
+	if err != nil {
+		o = wire.Observation{Problem: problem(err)}
+	}
+	m.report(context.WithoutCancel(ctx), id, o)
 }
 
 // problem is an error as a cluster's resource shows it.
