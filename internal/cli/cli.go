@@ -82,7 +82,7 @@ directory; "keyfleet doctor" says whether everything is in order.`,
 	root.AddCommand(
 		t.loginCommand(), t.logoutCommand(), t.contextCommand(),
 		t.subscriptionCommand(), t.groupCommand(), t.roleCommand(), t.applicationCommand(), t.identityCommand(),
-		t.clusterCommand(), t.vaultCommand(), t.secretCommand(), t.certificateCommand(),
+		t.clusterCommand(), t.serverCommand(), t.connectionCommand(), t.vaultCommand(), t.secretCommand(), t.certificateCommand(),
 		t.accountCommand(), t.poolCommand(), t.nodeCommand(), t.extensionCommand(), t.hostCommand(),
 		t.hostsCommand(), t.devCommand(), t.auditCommand(), t.doctorCommand(), t.versionCommand(), t.docsCommand(), t.rotateCertsCommand(),
 	)

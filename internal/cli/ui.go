@@ -6,8 +6,9 @@
 // besides the answer goes through this file.
 //
 // Invariant: standard output holds the answer and nothing else, in a form that
-// -o fixes; a secret is never taken from the command line, and its value leaves
-// only when it was asked for by name (--reveal, --query value, --to-file).
+// -o fixes; a secret is taken from the command line only where Azure's own command line
+// takes it (connection create), with a warning; its value leaves only when it was
+// asked for by name (--reveal, --query value, --to-file).
 //
 // Consequence for the operator: scripts can rely on exit codes, on JSON keys
 // that are the API's, and on columns that are only ever added at the end.

@@ -40,7 +40,8 @@ type Target struct {
 	Type string `json:"type"`   // of Azure's resource, or of the linker's target service
 	// Makes is the kind of server on which Keyfleet can make the credential itself;
 	// empty: the credential has to be given.
-	Makes string `json:"makes,omitempty"`
+	Makes string   `json:"makes,omitempty"`
+	IDs   []string `json:"ids,omitempty"` // values that the names in the resource id are, in order
 	// Values are what a target is described by, with templates of their defaults;
 	// nil: there is none.
 	Values  map[string]*string `json:"values"`

@@ -96,7 +96,7 @@ func (s *Service) genuine(ctx context.Context, trusted []*FederatedObject, jws s
 
 // trusts finds the managed identity of a client id and its federated credentials.
 func (s *Service) trusts(ctx context.Context, tx *store.Tx, clientID string) (Identity, []*FederatedObject, error) {
-	who, err := s.find(ctx, Selector{ClientID: clientID})
+	who, err := s.Find(ctx, Selector{ClientID: clientID})
 	if fault.KindOf(err) == fault.NotFound {
 		app, lookupErr := Applications.Lookup(tx, strings.ToLower(clientID))
 		if lookupErr != nil {

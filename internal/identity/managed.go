@@ -260,7 +260,7 @@ type Selector struct{ ResourceID, ClientID, ObjectID string }
 // the metadata service. The caller has made sure that the identity is on the
 // node that asks; ctx carries that node, and the record names both.
 func (s *Service) TokenFor(ctx context.Context, sel Selector, resource string) (Token, error) {
-	i, err := s.find(ctx, sel)
+	i, err := s.Find(ctx, sel)
 	audience := ""
 	if err == nil {
 		audience, err = s.requireAudience(resource)
@@ -277,7 +277,9 @@ func (s *Service) TokenFor(ctx context.Context, sel Selector, resource string) (
 	return s.issue(ctx, who, audience, V1)
 }
 
-func (s *Service) find(ctx context.Context, sel Selector) (Identity, error) {
+// Find returns the identity that a selector names. It decides nothing about access,
+// as [Service.Resolve] does not.
+func (s *Service) Find(ctx context.Context, sel Selector) (Identity, error) {
 	if sel.ResourceID != "" {
 		return s.Resolve(ctx, sel.ResourceID)
 	}

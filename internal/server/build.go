@@ -17,7 +17,6 @@ import (
 	"keyfleet.dev/keyfleet/internal/azureapi/resources"
 	"keyfleet.dev/keyfleet/internal/azureapi/servicelinker"
 	"keyfleet.dev/keyfleet/internal/cluster"
-	"keyfleet.dev/keyfleet/internal/connector"
 	"keyfleet.dev/keyfleet/internal/identity"
 	"keyfleet.dev/keyfleet/internal/issuer"
 	"keyfleet.dev/keyfleet/internal/nodeapi"
@@ -49,15 +48,20 @@ func (s *Server) build(ctx context.Context) error {
 	if err := s.buildPools(gate, packs); err != nil {
 		return err
 	}
+	if err := s.buildConnections(gate); err != nil {
+		return err
+	}
 	s.subscriptions = subscription.New(subscription.Config{
 		Store: s.store, Gate: gate, Tenant: s.identity.TenantID(),
-		Contents: []subscription.Contents{accountContents{s.fleet}, vaultContents{s.vaults}, identityContents{s.identity}, clusterContents{s.clusters}},
+		Contents: []subscription.Contents{
+			connectionContents{s.connections}, accountContents{s.fleet}, serverContents{s.connections}, clusterContents{s.clusters}, vaultContents{s.vaults}, identityContents{s.identity},
+		},
 	})
 	s.runnables = append(s.runnables,
 		&audit.Exporter{Log: s.audit},
 		identity.KeyRotation{Service: s.identity, Log: s.log},
 		s.subscriptions.Controller(),
-		s.fleet.PoolController(), s.fleet.NodeController(),
+		s.fleet.PoolController(), s.fleet.NodeController(), s.connections.Controller(s.metrics.controllers),
 	)
 	s.runnables = append(s.runnables, s.vaults.Controllers(s.metrics.controllers)...)
 	return s.buildEdges(gate, packs)
@@ -133,12 +137,10 @@ func (s *Server) buildEdges(gate *access.Gate, packs *packages.Store) (err error
 	routes = append(routes, nodes.Routes(nodes.Config{
 		Gate: gate, AgentOf: s.agentOf, Sessions: sessions, Logs: s.logs, AskLogs: s.edge.AskLogs, Explain: s.explain,
 	})...)
-	catalogue, err := connector.LoadCatalogue()
-	if err != nil {
-		return err
-	}
-	routes = append(routes, servicelinker.Routes(servicelinker.Config{Catalogue: catalogue})...)
-	routes = append(routes, clusters.Routes(clusters.Config{Clusters: s.clusters})...)
+	routes = append(routes, servicelinker.Routes(servicelinker.Config{
+		Catalogue: s.catalogue, Connections: s.connections, Locate: connectionVaults{s.vaults, s.endpoints}.Locate,
+	})...)
+	routes = append(routes, clusters.Routes(clusters.Config{Clusters: s.clusters, Connections: s.connections})...)
 	routes = append(routes, s.ownRoutes()...)
 	s.api, err = azureapi.New(azureapi.Config{
 		Endpoints: s.endpoints, Routes: routes, Verifier: s.identity, Tenant: s.identity.TenantID(), Log: s.log, Observe: s.metrics.observe,

@@ -47,6 +47,7 @@ import (
 	"keyfleet.dev/keyfleet/internal/audit"
 	"keyfleet.dev/keyfleet/internal/azureapi"
 	"keyfleet.dev/keyfleet/internal/cluster"
+	"keyfleet.dev/keyfleet/internal/connector"
 	"keyfleet.dev/keyfleet/internal/fault"
 	"keyfleet.dev/keyfleet/internal/identity"
 	"keyfleet.dev/keyfleet/internal/nodeapi"
@@ -93,6 +94,8 @@ type Server struct {
 	gate          *access.Gate
 	identity      *identity.Service
 	clusters      *cluster.Service
+	connections   *connector.Service
+	catalogue     connector.Catalogue
 	subscriptions *subscription.Service
 	vaults        *vault.Vaults
 	clock         *vault.Clock

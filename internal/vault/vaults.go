@@ -458,3 +458,16 @@ func describe(policies []access.Policy) string {
 	}
 	return strings.TrimSuffix(b.String(), "; ")
 }
+
+// Named returns the vault in use that has the name. It decides nothing about
+// access: for capabilities that resolve what their own resources refer to.
+func (v *Vaults) Named(ctx context.Context, name string) (Vault, error) {
+	obj, err := vaults.Lookup(v.store.View(ctx), lower(name))
+	if err != nil {
+		return Vault{}, err
+	}
+	if obj == nil || obj.Spec.Deleted != nil || !obj.Deleting.IsZero() {
+		return Vault{}, fault.New(fault.NotFound, "VaultNotFound", "The vault '%s' does not exist.", name).WithFix("keyfleet vault create %s", name)
+	}
+	return obj.Spec, nil
+}

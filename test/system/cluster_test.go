@@ -170,6 +170,20 @@ func (r *registered) apply(kind string, text []byte) error {
 		}
 		_, err := r.api.CoreV1().ServiceAccounts(o.Namespace).Create(r.ctx, &o, create)
 		return err
+	case "Role":
+		var o rbac.Role
+		if err := yaml.UnmarshalStrict(text, &o); err != nil {
+			return err
+		}
+		_, err := r.api.RbacV1().Roles(o.Namespace).Create(r.ctx, &o, create)
+		return err
+	case "RoleBinding":
+		var o rbac.RoleBinding
+		if err := yaml.UnmarshalStrict(text, &o); err != nil {
+			return err
+		}
+		_, err := r.api.RbacV1().RoleBindings(o.Namespace).Create(r.ctx, &o, create)
+		return err
 	case "ClusterRole":
 		var o rbac.ClusterRole
 		if err := yaml.UnmarshalStrict(text, &o); err != nil {

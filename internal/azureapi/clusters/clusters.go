@@ -15,6 +15,7 @@
 package clusters
 
 import (
+	"context"
 	"net/http"
 	"strings"
 	"time"
@@ -39,7 +40,11 @@ var versions = []string{
 // Config is what the surface needs.
 type Config struct {
 	Clusters *cluster.Service
-	Now      func() time.Time // nil: time.Now
+	// Connections are what a manager brings to the clusters. Nil: nothing.
+	Connections interface {
+		Work(ctx context.Context) (map[string][]wire.ConnectionWork, error)
+	}
+	Now func() time.Time // nil: time.Now
 }
 
 type surface struct{ Config }
@@ -194,9 +199,15 @@ func (s surface) work(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
+	var connections map[string][]wire.ConnectionWork // by the keys of clusters
+	if s.Connections != nil {
+		if connections, err = s.Connections.Work(r.Context()); err != nil {
+			return nil, err
+		}
+	}
 	out := wire.Work{Clusters: make([]wire.Assignment, len(all))}
 	for i, a := range all {
-		out.Clusters[i] = wire.Assignment{ID: a.ID, Login: a.Login}
+		out.Clusters[i] = wire.Assignment{ID: a.ID, Login: a.Login, Connections: connections[strings.ToLower(a.ID)]}
 	}
 	return azureapi.OK(out), nil
 }

@@ -1,13 +1,19 @@
-// Package servicelinker is the surface of service connections. So far it has the
-// catalogue of names that workloads get:
+// Package servicelinker is the surface of service connections: the management API of
+// Microsoft.ServiceLinker/linkers on a cluster, the servers on which Keyfleet makes
+// logins, and the catalogue of names that workloads get.
 //
-//	GET /providers/Microsoft.ServiceLinker/configurationNames?$filter=TargetService eq 'X' and AuthType eq 'Y' and ClientType eq 'Z'
+//	PUT, GET, DELETE CLUSTER/providers/Microsoft.ServiceLinker/linkers/{name}
+//	POST .../validateLinker, /listConfigurations, and Keyfleet's own /rotate
+//	GET  .../locations/{location}/operationStatuses/{operation}
+//	PUT, GET, DELETE .../Microsoft.DBforPostgreSQL/flexibleServers/{name}   and three more types: a registered server
+//	GET  /providers/Microsoft.ServiceLinker/configurationNames?$filter=TargetService eq 'X' and AuthType eq 'Y' and ClientType eq 'Z'
+//	POST, PUT /keyfleet/v1/CLUSTER/.../linkers/{name}/desired, /report      for managers
 //
-// Invariant: what is listed here is what a connection emits; both come from package
-// connector.
+// Invariant: no credential is in any answer but that of /desired, which is recorded.
+// An operation's name says all about it, and its state is found by looking.
 //
-// Consequence for the operator: the names of an application's variables can be
-// looked up before there is a connection.
+// Consequence for the operator: a client that lost an answer asks again; the names of
+// an application's variables can be looked up before there is a connection.
 package servicelinker
 
 import (
@@ -31,19 +37,27 @@ const page = 100
 
 // Config is what the surface needs.
 type Config struct {
-	Catalogue connector.Catalogue
+	Catalogue   connector.Catalogue
+	Connections *connector.Service
+	// Locate turns the URL of a secret of this server into a reference.
+	Locate func(url string) (connector.SecretRef, error)
 }
 
 // Routes is the route table of the surface.
 func Routes(cfg Config) []azureapi.Route {
-	s := surface{cfg.Catalogue.List()}
-	return []azureapi.Route{{
+	s := surface{Config: cfg, catalogue: cfg.Catalogue, all: cfg.Catalogue.List()}
+	names := azureapi.Route{
 		Surface: azureapi.ARM, Method: http.MethodGet, Path: "/providers/microsoft.servicelinker/configurationnames", Versions: versions,
 		Action: azureapi.Authenticated, Handle: s.names,
-	}}
+	}
+	return append(append(s.linkerRoutes(), s.serverRoutes()...), names)
 }
 
-type surface struct{ all []connector.Names }
+type surface struct {
+	Config
+	catalogue connector.Catalogue
+	all       []connector.Names
+}
 
 // authTypes are the words of the REST API for those of the command line.
 var authTypes = map[connector.AuthType]string{
