@@ -190,7 +190,7 @@ func (m *Manager) tell(ctx context.Context, id string, report wire.ConnectionRep
 func deliveryProblem(w wire.ConnectionWork, err error) *wire.Problem {
 	p := &wire.Problem{
 		Code: "DeliveryFailed", Layer: "kubernetes", Object: "Secret " + Namespace + "/connection-" + Key(w.ID),
-		Message: "The manager cannot write to the cluster.", Raw: problem(err),
+		Message: "The manager cannot write to the cluster.", Raw: clip(err.Error()),
 	}
 	if apierrors.IsForbidden(err) {
 		p.Code, p.Message = "ManagerForbidden", "The kubeconfig of the cluster does not let the manager write what a connection needs."

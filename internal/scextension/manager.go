@@ -165,9 +165,11 @@ func (m *Manager) see(ctx context.Context, id string, api kubernetes.Interface) 
 }
 
 // problem is an error as a cluster's resource shows it.
-func problem(err error) string {
+func problem(err error) string { return clip("looking at the cluster: " + err.Error()) }
+
+// clip shortens a text of others.
+func clip(text string) string {
 	const most = 500
-	text := "looking at the cluster: " + err.Error()
 	return strings.ToValidUTF8(text[:min(len(text), most)], "")
 }
 
