@@ -167,7 +167,7 @@ type ServerProperties struct {
 	FQDN          string `json:"fullyQualifiedDomainName"` // or an address, as workloads reach it
 	Administrator string `json:"administratorLogin"`
 	Password      string `json:"administratorLoginPassword,omitempty"` // write-only
-	State         string `json:"state,omitempty"`                      // read-only: Ready, or Disabled when the last look failed
+	State         string `json:"state,omitempty"`                      // read-only: Ready, as it was at Checked
 	// What follows is own.
 	Port       int       `json:"port,omitempty"`
 	Reach      string    `json:"keyfleetEndpoint,omitempty"` // host:port for Keyfleet, where that differs

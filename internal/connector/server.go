@@ -30,12 +30,10 @@ type Server struct {
 	Administrator string            `json:"administrator"`
 }
 
-// ServerStatus is what was seen of a server when it was last looked at.
+// ServerStatus is what was seen of a server when it was last looked at, which is at
+// every PUT. A server that did not let Keyfleet in then is not registered.
 type ServerStatus struct {
 	Checked  time.Time `json:"checked,omitzero"`
-	Problem  string    `json:"problem,omitempty"`
-	Code     string    `json:"code,omitempty"`
-	Fix      string    `json:"fix,omitempty"`
 	Warnings []string  `json:"warnings,omitempty"`
 }
 

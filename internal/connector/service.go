@@ -31,10 +31,8 @@ type ClusterState struct {
 	State    string // Succeeded: it answers
 	Reason   string // why it is not
 	// Busy says what changes the cluster at the moment, "a rotation of its certificates"; empty: nothing.
-	Busy      string
-	Issuer    string // of service account tokens; empty: not seen
-	Webhook   bool   // pods get the tokens of workload identity
-	CSIDriver bool
+	Busy   string
+	Issuer string // of service account tokens; empty: not seen
 }
 
 // Clusters tells about registered clusters. It decides nothing about access.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"reflect"
+	"slices"
 	"time"
 
 	core "k8s.io/api/core/v1"
@@ -79,7 +80,7 @@ func (m *Manager) bring(ctx context.Context, api kubernetes.Interface, w wire.Co
 		return wire.ConnectionReport{}, nil
 	}
 	if s != nil {
-		if d, err := readDesired(s); err == nil && d.Revision == w.Revision && hasFinalizer(s) {
+		if d, err := readDesired(s); err == nil && d.Revision == w.Revision && slices.Contains(s.Finalizers, finalizer) {
 			applied, err := readApplied(s)
 			return wire.ConnectionReport{Applied: applied}, err
 		}
@@ -96,15 +97,6 @@ func (m *Manager) bring(ctx context.Context, api kubernetes.Interface, w wire.Co
 		return wire.ConnectionReport{}, err
 	}
 	return wire.ConnectionReport{}, nil // what became of it is seen the next time
-}
-
-func hasFinalizer(s *core.Secret) bool {
-	for _, f := range s.Finalizers {
-		if f == finalizer {
-			return true
-		}
-	}
-	return false
 }
 
 // writeDesired applies a desired state, and makes its namespace if it is not there.

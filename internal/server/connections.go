@@ -55,9 +55,7 @@ func (c clusterStates) State(ctx context.Context, id arm.ID) (connector.ClusterS
 	if err != nil {
 		return connector.ClusterState{}, err
 	}
-	out := connector.ClusterState{
-		ID: o.Spec.ID, Location: o.Spec.Location, Issuer: o.Status.Issuer, Webhook: o.Status.Webhook, CSIDriver: o.Status.CSIDriver,
-	}
+	out := connector.ClusterState{ID: o.Spec.ID, Location: o.Spec.Location, Issuer: o.Status.Issuer}
 	out.State, out.Reason = o.Status.State(time.Now())
 	return out, nil
 }
