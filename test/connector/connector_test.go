@@ -4,6 +4,7 @@ package connector
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"keyfleet.dev/keyfleet/client"
+	"keyfleet.dev/keyfleet/internal/target"
 	"keyfleet.dev/keyfleet/internal/target/targettest"
 	"keyfleet.dev/keyfleet/test/bed"
 	"keyfleet.dev/keyfleet/test/stack"
@@ -53,7 +55,8 @@ func newWorld(t *testing.T) *world {
 	if err := cache.ReadyFor(cfg); err != nil {
 		t.Skip(err)
 	}
-	w := &world{ctx: ctx, postgres: targettest.Postgres(t), home: t.TempDir()}
+	w := &world{ctx: ctx, home: t.TempDir()}
+	w.startPostgres(t)
 	if w.bed, err = bed.Up(ctx, cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -66,6 +69,31 @@ func newWorld(t *testing.T) *world {
 	w.push(t)
 	w.register(t)
 	return w
+}
+
+// insideIP is where pods find what this machine exposes.
+const insideIP = "10.77.0.1"
+
+// startPostgres starts a server whose certificate is for the address that pods use.
+func (w *world) startPostgres(t *testing.T) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "keyfleet-target-") // the server runs as nobody, who cannot enter t.TempDir
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	w.postgres, err = targettest.Start(w.ctx, targettest.Options{Kind: target.Postgres, Dir: dir, Names: []string{insideIP}})
+	if errors.Is(err, targettest.ErrNoPrograms) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.postgres.Stop)
 }
 
 // push gives the bed's registry the image of the program that was just built.
