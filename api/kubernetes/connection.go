@@ -14,8 +14,10 @@ import (
 type ExtensionWork struct {
 	Name string `json:"name"` // of the release, "sc-extension"
 	// Revision changes with the settings; a manager that has reported it has nothing to do.
-	Revision string `json:"revision"`
-	Remove   bool   `json:"remove,omitempty"`
+	Revision string            `json:"revision"`
+	Version  string            `json:"version,omitempty"`  // of the chart; empty: the manager's own
+	Settings map[string]string `json:"settings,omitempty"` // values of the chart: "operator.replicas" -> "2"
+	Remove   bool              `json:"remove,omitempty"`
 }
 
 // ConnectionWork is a connection that a cluster shall have, or shall lose.
@@ -112,9 +114,10 @@ type Problem struct {
 
 // ExtensionReport is what a manager knows of an extension's release.
 type ExtensionReport struct {
-	Revision string   `json:"revision"` // of the ExtensionWork that was worked on
+	Revision string   `json:"revision,omitempty"` // of the ExtensionWork that was worked on
 	Release  *Release `json:"release,omitempty"`
 	Problem  *Problem `json:"problem,omitempty"`
+	Gone     bool     `json:"gone,omitempty"` // a removal is done
 }
 
 // Release is a Helm release as it was seen.

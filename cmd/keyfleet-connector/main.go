@@ -47,11 +47,11 @@ func main() {
 }
 
 func manager() *cobra.Command {
-	var from string
+	var from, image string
 	var interval time.Duration
 	c := &cobra.Command{
 		Use: "manager", Short: "Look after the clusters that are registered at a server", Args: cobra.NoArgs,
-		Example: "  keyfleet-connector manager --from /etc/keyfleet-connector",
+		Example: "  keyfleet-connector manager --from /etc/keyfleet-connector --image registry.example.org/keyfleet-connector:0.1.0",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := client.FromAdmin(from)
 			if err != nil {
@@ -64,12 +64,18 @@ func manager() *cobra.Command {
 			defer server.Close()
 			log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 			log.Info("looking after clusters", "server", cfg.Endpoints.ResourceManager, "interval", interval)
-			m := scextension.Manager{Server: server, Interval: interval, Log: log}
+			// The login's folder names this manager over its restarts.
+			open, err := openReleases(cfg.Endpoints.ResourceManager+" "+from, log)
+			if err != nil {
+				return err
+			}
+			m := scextension.Manager{Server: server, Interval: interval, Log: log, Image: image, Releases: open}
 			return m.Run(cmd.Context())
 		},
 	}
 	c.Flags().StringVar(&from, "from", "", "folder with the login that \"keyfleet cluster manager create\" wrote (required)")
 	c.Flags().DurationVar(&interval, "interval", 10*time.Second, "time between two looks at a cluster")
+	c.Flags().StringVar(&image, "image", "", "image of this program, which the extension runs in clusters; without it extensions are not installed")
 	_ = c.MarkFlagRequired("from")
 	return c
 }

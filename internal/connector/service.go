@@ -185,6 +185,9 @@ func (s *Service) Put(ctx context.Context, want Put) (out *Object, created bool,
 		}
 		if created = out == nil; created {
 			out = &Object{Meta: store.Meta{ID: key(cluster, name), Finalizers: []string{controllerName}}, Spec: want.Connection, Status: Status{State: "Accepted"}}
+			if err := wantExtension(tx, cluster); err != nil {
+				return err
+			}
 			return Connections.Insert(tx, out)
 		}
 		return s.change(tx, out, want.Connection)

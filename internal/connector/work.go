@@ -13,18 +13,20 @@ import (
 	"keyfleet.dev/keyfleet/internal/store"
 )
 
-// Work returns, by cluster, the connections that a manager brings there. It decides
-// nothing: the list of clusters that it goes with has decided.
-func (s *Service) Work(ctx context.Context) (map[string][]wire.ConnectionWork, error) {
-	all, err := Connections.List(s.cfg.Store.View(ctx), "")
+// Work returns, by the keys of clusters, the connections that a manager brings
+// there, and the extensions that it installs. It decides nothing: the list of
+// clusters that it goes with has decided.
+func (s *Service) Work(ctx context.Context) (map[string][]wire.ConnectionWork, map[string][]wire.ExtensionWork, error) {
+	tx := s.cfg.Store.View(ctx)
+	all, err := Connections.List(tx, "")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	out := map[string][]wire.ConnectionWork{}
 	for _, o := range all {
 		cluster, err := arm.ParseID(o.Spec.Cluster)
 		if err != nil {
-			return nil, fmt.Errorf("reading the cluster of %s: %w", o.ID, err)
+			return nil, nil, fmt.Errorf("reading the cluster of %s: %w", o.ID, err)
 		}
 		w := wire.ConnectionWork{ID: o.Spec.ID, Revision: o.Status.Desired}
 		switch {
@@ -37,7 +39,8 @@ func (s *Service) Work(ctx context.Context) (map[string][]wire.ConnectionWork, e
 		}
 		out[cluster.Key()] = append(out[cluster.Key()], w)
 	}
-	return out, nil
+	extensions, err := s.extensionWork(tx, out)
+	return out, extensions, err
 }
 
 // Desired returns what a connection shall be, credentials included, to a manager.

@@ -240,7 +240,7 @@ func (w *world) turn(id string, consumers ...wire.Consumer) bool {
 		_, _ = c.Reconcile(ctx, w.store, o)
 	}
 	w.update(func(tx *store.Tx) error { return Connections.PutStatus(tx, o) })
-	work, err := w.Work(ctx)
+	work, _, err := w.Work(ctx)
 	if err != nil {
 		w.t.Fatal(err)
 	}

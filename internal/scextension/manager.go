@@ -40,11 +40,18 @@ type Manager struct {
 	Poll     time.Duration  // between two questions for work; zero: 1 s, at most Interval
 	Log      *slog.Logger
 
+	// Image is that of keyfleet-connector, for pods. Empty: extensions are not installed.
+	Image string
+	// Releases opens a cluster for installations. Nil: extensions are not installed.
+	Releases func(kubeconfig []byte) (Releases, error)
+
 	logins map[string]connection // by cluster
+	work   sync.WaitGroup        // installations
 	looked map[string]time.Time  // by cluster: when it was last looked at
 
 	lock sync.Mutex
-	told map[string]told // by connection
+	told map[string]told         // by connection
+	done map[string]installation // by cluster and extension
 }
 
 // told is a report, and when it was made.
@@ -55,8 +62,9 @@ type told struct {
 
 // connection is an open API, and the login that it was opened with.
 type connection struct {
-	login string
-	api   kubernetes.Interface
+	login    string
+	api      kubernetes.Interface
+	releases Releases // nil: nothing is installed
 }
 
 const (
@@ -76,6 +84,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(min(m.Poll, m.Interval))
 	defer tick.Stop()
+	defer m.work.Wait() // they end with ctx
 	for {
 		if err := m.Visit(ctx); err != nil && ctx.Err() == nil {
 			m.Log.Error("the server cannot be asked for clusters", "error", err)
@@ -92,7 +101,7 @@ func (m *Manager) Run(ctx context.Context) error {
 // with connections.
 func (m *Manager) Visit(ctx context.Context) error {
 	if m.told == nil {
-		m.told, m.looked = map[string]told{}, map[string]time.Time{}
+		m.told, m.looked, m.done = map[string]told{}, map[string]time.Time{}, map[string]installation{}
 	}
 	var work wire.Work
 	if err := m.call(ctx, http.MethodGet, "/keyfleet/v1/clusters/work", nil, &work); err != nil {
@@ -103,12 +112,11 @@ func (m *Manager) Visit(ctx context.Context) error {
 		c := m.logins[a.ID]
 		if c.login != a.Login {
 			c = connection{}
-			api, err := m.open(ctx, a.ID)
-			if err != nil {
+			var err error
+			if c, err = m.open(ctx, a); err != nil {
 				m.report(ctx, a.ID, wire.Observation{Problem: problem(err)})
 				continue
 			}
-			c = connection{a.Login, api}
 		}
 		logins[a.ID] = c
 	}
@@ -124,6 +132,9 @@ func (m *Manager) Visit(ctx context.Context) error {
 		due := time.Since(m.looked[a.ID]) >= m.Interval
 		if due {
 			m.looked[a.ID] = time.Now()
+		}
+		for _, w := range a.Extensions {
+			m.install(ctx, a.ID, c.releases, w)
 		}
 		all.Go(func() error {
 			if due {
@@ -174,12 +185,17 @@ func clip(text string) string {
 }
 
 // open fetches the kubeconfig of a cluster.
-func (m *Manager) open(ctx context.Context, id string) (kubernetes.Interface, error) {
+func (m *Manager) open(ctx context.Context, a wire.Assignment) (c connection, err error) {
 	var k wire.CredentialResult
-	if err := m.call(ctx, http.MethodPost, "/keyfleet/v1"+id+"/kubeconfig", nil, &k); err != nil {
-		return nil, fmt.Errorf("fetching the kubeconfig: %w", err)
+	if err := m.call(ctx, http.MethodPost, "/keyfleet/v1"+a.ID+"/kubeconfig", nil, &k); err != nil {
+		return c, fmt.Errorf("fetching the kubeconfig: %w", err)
 	}
-	return connect(k.Value, lookTime)
+	c.login = a.Login
+	if c.api, err = connect(k.Value, lookTime); err != nil || m.Releases == nil {
+		return c, err
+	}
+	c.releases, err = m.Releases(k.Value)
+	return c, err
 }
 
 func (m *Manager) report(ctx context.Context, id string, o wire.Observation) {

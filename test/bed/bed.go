@@ -17,7 +17,20 @@
 // addresses, and [Down] needs only the name to end exactly what the bed
 // started, also when [Up] was killed half way. Nothing in the root namespace
 // can reach a machine: the way in is one loopback port that leads to sshd of the
-// first master, or [Cluster.Dial] and [Cluster.Exec], which need root.
+// first master, or [Cluster.Dial] and [Cluster.Exec], which need root; a test
+// that needs more opens it, port by port, with [Cluster.Reach] and
+// [Cluster.Expose].
+//
+// With [Config.Services] the cluster also runs applications: kubeadm's own
+// kube-proxy and CoreDNS, and a registry from which pods get their images. What
+// is not as in a cluster elsewhere then: the registry answers for every registry
+// there is, so the host in an image's name means nothing, and an image that
+// nobody has pushed does not exist; kube-proxy's image has the programs of Debian
+// and "alpine" is Debian's busybox; CoreDNS has only the plugins that kubeadm
+// configures; names outside the cluster do not exist, and no packet leaves the
+// bed; nodes connect their pods by routes (the CNI plugin ptp), not by a bridge;
+// masters without workers take ordinary pods; the API servers' certificate also
+// names 127.0.0.1.
 package bed
 
 import (
@@ -54,6 +67,10 @@ type Config struct {
 	Dir     string    // the bed's folder, made by Up, on a disk rather than in memory; empty: beds/NAME in the cache
 	Log     io.Writer // progress, a line per step; nil: none
 	Keep    bool      // leave a bed that failed to come up, for a look; [Down] removes it
+
+	// Services makes a cluster that applications run on: Services are reached,
+	// names resolved, images pulled. Only in the layout kubeadm.
+	Services bool
 }
 
 // Roles of a node.
@@ -82,6 +99,7 @@ type Cluster struct {
 	Kubeconfig   string `json:"kubeconfig"`   // path of a copy of the administrator's; its server is LoadBalancer
 	APIModel     string `json:"apiModel"`     // path; empty where the layout has none
 	LoadBalancer string `json:"loadBalancer"` // host:port inside the bed's network
+	Services     bool   `json:"services"`     // as in [Config]
 	Nodes        []Node `json:"nodes"`        // masters first
 }
 
@@ -118,7 +136,7 @@ func Up(ctx context.Context, cfg Config) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := cache.Ready(); err != nil {
+	if err := cache.ReadyFor(cfg); err != nil {
 		return nil, err
 	}
 	b, err := plan(cfg, cache)

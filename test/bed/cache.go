@@ -34,9 +34,10 @@ type Cache struct {
 
 // part is one entry of the cache.
 type part struct {
-	name  string
-	key   string
-	build func(ctx context.Context, dir string, log io.Writer) error // into the empty folder dir
+	name     string
+	key      string
+	build    func(ctx context.Context, dir string, log io.Writer) error // into the empty folder dir
+	services bool                                                       // only beds with Services need it
 }
 
 // Names of the parts.
@@ -45,6 +46,8 @@ const (
 	rootFS     = "rootfs"
 	images     = "images"
 	containers = "containerd"
+	services   = "services"
+	userland   = "userland"
 )
 
 // OpenCache finds the cache, $KEYFLEET_BED_CACHE or keyfleet-bed in the user's
@@ -75,11 +78,17 @@ func OpenCache() (*Cache, error) {
 	if err != nil {
 		return nil, err
 	}
+	more, err := servicesKey(source)
+	if err != nil {
+		return nil, err
+	}
 	c.parts = []part{
-		{programs, kubernetes, c.buildPrograms},
-		{rootFS, root, c.buildRootFS},
-		{images, pictures, c.buildImages},
-		{containers, key(root, pictures), c.buildContainers},
+		{name: programs, key: kubernetes, build: c.buildPrograms},
+		{name: rootFS, key: root, build: c.buildRootFS},
+		{name: images, key: pictures, build: c.buildImages},
+		{name: containers, key: key(root, pictures), build: c.buildContainers},
+		{name: services, key: more, build: c.buildServices, services: true},
+		{name: userland, key: userlandKey(), build: c.buildUserland, services: true},
 	}
 	return c, nil
 }
@@ -126,12 +135,18 @@ func (c *Cache) path(name string) string {
 // Kubectl is the path of kubectl of the beds' version.
 func (c *Cache) Kubectl() string { return filepath.Join(c.path(programs), "kubectl") }
 
+// Helm is the path of helm. Beds with Services have it.
+func (c *Cache) Helm() string { return filepath.Join(c.path(services), "helm") }
+
 // BedDir is where a bed of the name lives when it is not told another place.
 func (c *Cache) BedDir(name string) string { return filepath.Join(c.Dir, "beds", name) }
 
-// Ready returns [ErrNotPrepared] when a part is missing.
-func (c *Cache) Ready() error {
-	for _, p := range c.parts {
+// Ready returns [ErrNotPrepared] when a part is missing that every bed needs.
+func (c *Cache) Ready() error { return c.ReadyFor(Config{}) }
+
+// ReadyFor returns [ErrNotPrepared] when a part is missing that the bed needs.
+func (c *Cache) ReadyFor(cfg Config) error {
+	for _, p := range c.partsFor(cfg) {
 		if _, err := os.Stat(c.path(p.name)); err != nil {
 			return fmt.Errorf("%w (no %s)", ErrNotPrepared, c.path(p.name))
 		}
@@ -139,10 +154,26 @@ func (c *Cache) Ready() error {
 	return nil
 }
 
-// Prepare builds what is missing, as root, and writes a line to log per part.
-// From nothing it takes five minutes on two processors, most of it in the
-// compiler. Only one process builds at a time; others wait.
+func (c *Cache) partsFor(cfg Config) []part {
+	var needed []part
+	for _, p := range c.parts {
+		if !p.services || cfg.Services {
+			needed = append(needed, p)
+		}
+	}
+	return needed
+}
+
+// Prepare builds everything that is missing: see [Cache.PrepareFor].
 func (c *Cache) Prepare(ctx context.Context, log io.Writer) error {
+	return c.PrepareFor(ctx, Config{Services: true}, log)
+}
+
+// PrepareFor builds what is missing for the bed, as root, and writes a line to
+// log per part. From nothing it takes five minutes on two processors, and four
+// more with Services, most of it in the compiler. Only one process builds at a
+// time; others wait.
+func (c *Cache) PrepareFor(ctx context.Context, cfg Config, log io.Writer) error {
 	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
 		return err
 	}
@@ -157,7 +188,7 @@ func (c *Cache) Prepare(ctx context.Context, log io.Writer) error {
 	if err := c.sweep(); err != nil {
 		return err
 	}
-	for _, p := range c.parts {
+	for _, p := range c.partsFor(cfg) {
 		if _, err := os.Stat(c.path(p.name)); err == nil {
 			fmt.Fprintf(log, "%-11s ready\n", p.name)
 			continue

@@ -4,9 +4,7 @@ package bed
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -41,8 +39,10 @@ func (b *builder) makeNetwork(ctx context.Context) error {
 		"link set lo up",
 		"link add switch type bridge stp_state 0 forward_delay 0",
 		"addr add " + balancerIP + "/24 dev switch",
-		"addr add " + serviceIP + "/32 dev lo",
 		"link set switch up",
+	}
+	if !b.Services { // the load balancer stands in for kube-proxy
+		script = append(script, "addr add "+serviceIP+"/32 dev lo")
 	}
 	if err := ipIn(ctx, in, script); err != nil {
 		return err
@@ -59,7 +59,12 @@ func (b *builder) makeNetwork(ctx context.Context) error {
 	if err := renderTo(config, "balancer.cfg", b.scene(Node{})); err != nil {
 		return err
 	}
-	return b.start(fabric, "balancer", []string{"nsenter", "--net=" + namespacePath(b.Name, fabric), "haproxy", "-db", "-f", config})
+	return b.startInside("balancer", []string{"haproxy", "-db", "-f", config})
+}
+
+// startInside starts a process of the fabric that has the bed's network.
+func (b *builder) startInside(name string, argv []string, env ...string) error {
+	return b.start(fabric, name, append([]string{"nsenter", "--net=" + namespacePath(b.Name, fabric)}, argv...), env)
 }
 
 // plugIn makes the network namespace of a machine and its cable, and leads the
@@ -115,34 +120,24 @@ func ip(ctx context.Context, command string) error {
 	return nil
 }
 
-// openDoor lets the loopback port lead to the first master's sshd.
+// openDoor lets a loopback port lead to the first master's sshd.
 func (b *builder) openDoor(ctx context.Context) error {
-	for range 20 {
-		port, err := freePort()
-		if err != nil {
-			return err
-		}
-		b.SSHPort = port
-		for name, file := range map[string]string{"door.cfg": b.path("door.cfg"), "ssh_config": b.path("ssh_config")} {
-			if err := renderTo(file, name, b.scene(Node{})); err != nil {
-				return err
-			}
-		}
-		if err := b.start(fabric, "door", []string{"haproxy", "-db", "-f", b.path("door.cfg")}); err != nil {
-			return err
-		}
-		if err := b.knock(ctx); err == nil {
-			return b.writeKnownHosts()
-		} else if ctx.Err() != nil {
-			return err
-		}
-		// Somebody else took the port in between: haproxy has ended, and another port is tried.
+	port, err := b.reach("door", b.Nodes[0].IP+":22")
+	if err != nil {
+		return err
 	}
-	log, _ := os.ReadFile(b.logFile("door"))
-	return &StepError{Machine: fabric, Step: "ssh on a loopback port", Log: tail(string(log), 10), Err: errors.New("no port works")}
+	b.SSHPort = port
+	if err := renderTo(b.path("ssh_config"), "ssh_config", b.scene(Node{})); err != nil {
+		return err
+	}
+	if err := b.knock(ctx); err != nil {
+		log, _ := os.ReadFile(b.logFile("door"))
+		return &StepError{Machine: fabric, Step: "ssh on a loopback port", Log: tail(string(log), 10), Err: err}
+	}
+	return b.writeKnownHosts()
 }
 
-// knock waits for the greeting of sshd behind the door, as long as haproxy lives.
+// knock waits for the greeting of sshd behind the door.
 func (b *builder) knock(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -150,9 +145,6 @@ func (b *builder) knock(ctx context.Context) error {
 		err := b.greeting(ctx)
 		if err == nil {
 			return nil
-		}
-		if p, missing := readProcess(b.path("process", "door")); missing == nil && !p.alive() {
-			return errors.New("haproxy has ended")
 		}
 		select {
 		case <-ctx.Done():
@@ -181,19 +173,4 @@ func readGreeting(conn net.Conn) error {
 		return fmt.Errorf("sshd greets with %q", buf)
 	}
 	return nil
-}
-
-// freePort finds a port that stays free: below those that the kernel gives to
-// outgoing connections and to port 0.
-func freePort() (int, error) {
-	const from, below = 20_000, 32_768 // ip(7): ip_local_port_range begins at 32768
-	for range 100 {
-		port := from + rand.IntN(below-from)
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err != nil {
-			continue
-		}
-		return port, l.Close()
-	}
-	return 0, errors.New("no free port found in 100 tries")
 }

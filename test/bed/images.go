@@ -11,14 +11,13 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path"
 	"path/filepath"
 	"runtime"
-	"strings"
 )
 
 // repository is where kubeadm is told to find its images. There is no such
-// registry: the images are in every machine before it asks.
+// registry: the images are in every machine before it asks, and those of the
+// add-ons in the registry of a bed with Services.
 const (
 	repository = "keyfleet.bed/kubernetes"
 	pauseImage = repository + "/pause:1"
@@ -78,11 +77,16 @@ func writeImage(out string, i image, binary string) error {
 	defer os.Remove(layer.Name())
 	defer layer.Close()
 	digest := sha256.New()
-	if err := writeLayer(io.MultiWriter(layer, digest), "usr/local/bin/"+i.program, binary); err != nil {
+	at := "/usr/local/bin/" + i.program
+	if err := writeLayer(io.MultiWriter(layer, digest), map[string]string{at: binary}, nil); err != nil {
 		return err
 	}
 	layerID := hex.EncodeToString(digest.Sum(nil))
-	config, err := json.Marshal(imageConfig(i, layerID))
+	var entrypoint []string
+	if i.entrypoint {
+		entrypoint = []string{at}
+	}
+	config, err := json.Marshal(imageConfig(entrypoint, layerID))
 	if err != nil {
 		return err
 	}
@@ -117,50 +121,13 @@ func writeImage(out string, i image, binary string) error {
 	return f.Close()
 }
 
-func imageConfig(i image, layerID string) any {
-	config := map[string]any{"Env": []string{"PATH=/usr/local/bin:/usr/bin:/bin"}}
-	if i.entrypoint {
-		config["Entrypoint"] = []string{"/usr/local/bin/" + i.program}
+func imageConfig(entrypoint []string, layerID string) any {
+	config := map[string]any{"Env": []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}}
+	if len(entrypoint) > 0 {
+		config["Entrypoint"] = entrypoint
 	}
 	return map[string]any{
 		"architecture": runtime.GOARCH, "os": "linux", "config": config,
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + layerID}},
 	}
-}
-
-// writeLayer writes a file system that holds the program and an empty /tmp.
-func writeLayer(out io.Writer, name, binary string) error {
-	w := tar.NewWriter(out)
-	folders := []string{"tmp/"}
-	for i, r := range path.Dir(name) + "/" {
-		if r == '/' {
-			folders = append(folders, name[:i+1])
-		}
-	}
-	for _, dir := range folders {
-		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: dir, Mode: 0o755}); err != nil {
-			return err
-		}
-	}
-	if err := addFile(w, strings.TrimPrefix(name, "/"), binary, 0o755); err != nil {
-		return err
-	}
-	return w.Close()
-}
-
-func addFile(w *tar.Writer, name, from string, mode int64) error {
-	f, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if err := w.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: st.Size()}); err != nil {
-		return err
-	}
-	_, err = io.Copy(w, f)
-	return err
 }

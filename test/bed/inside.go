@@ -5,7 +5,6 @@ package bed
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -34,28 +33,28 @@ func (c *Cluster) Dial(ctx context.Context, network, addr string) (net.Conn, err
 	if net.ParseIP(host) == nil { // the names of this machine's network mean nothing in there
 		return nil, fmt.Errorf("dialling in bed %s: %q is neither an address nor a node", c.Name, host)
 	}
-	type result struct {
-		conn net.Conn
-		err  error
+	var conn net.Conn
+	err = c.inside(func() (err error) {
+		conn, err = (&net.Dialer{}).DialContext(ctx, network, net.JoinHostPort(host, port))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("dialling %s in bed %s: %w", addr, c.Name, err)
 	}
-	done := make(chan result, 1)
-	go func() { // a goroutine of its own: its thread may have to be thrown away
-		var r result
-		err := inNetwork(namespacePath(c.Name, fabric), func() {
-			r.conn, r.err = (&net.Dialer{}).DialContext(ctx, network, net.JoinHostPort(host, port))
-		})
-		done <- result{r.conn, errors.Join(err, r.err)}
-	}()
-	r := <-done
-	if r.err != nil {
-		return nil, fmt.Errorf("dialling %s in bed %s: %w", addr, c.Name, r.err)
-	}
-	return r.conn, nil
+	return conn, nil
+}
+
+// inside runs do in the bed's network, on a goroutine of its own: its thread may
+// have to be thrown away.
+func (c *Cluster) inside(do func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- inNetwork(namespacePath(c.Name, fabric), do) }()
+	return <-done
 }
 
 // inNetwork runs do on a thread that is in the network namespace. A thread that
 // cannot be put back stays locked, and the runtime ends it with the goroutine.
-func inNetwork(path string, do func()) error {
+func inNetwork(path string, do func() error) error {
 	inside, err := os.Open(path)
 	if err != nil {
 		return fmt.Errorf("opening the bed's network: %w", err)
@@ -72,11 +71,11 @@ func inNetwork(path string, do func()) error {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("entering the bed's network: %w", err)
 	}
-	do()
+	err = do()
 	if unix.Setns(int(outside.Fd()), unix.CLONE_NEWNET) == nil {
 		runtime.UnlockOSThread()
 	}
-	return nil
+	return err
 }
 
 // Exec runs a shell script as root on the node and returns what it printed to

@@ -54,13 +54,20 @@ func (b *builder) writeKnownHosts() error {
 	return writeFile(b.KnownHosts, all.String(), 0o644)
 }
 
-// writeWrapper writes the two commands that a person wants: kubectl in the bed's
-// network, and ssh to any node.
+// writeWrapper writes the commands that a person wants: kubectl, and with
+// Services helm, in the bed's network, and ssh to any node.
 func (b *builder) writeWrapper() error {
-	kubectl := fmt.Sprintf("#!/bin/sh\n# Needs root: it enters the bed's network.\nexec ip netns exec %s %s --kubeconfig %s \"$@\"\n",
-		namespace(b.Name, fabric), b.cache.Kubectl(), b.Kubeconfig)
-	if err := writeFile(b.path("kubectl"), kubectl, 0o755); err != nil {
-		return err
+	clients := map[string]string{"kubectl": b.cache.Kubectl()}
+	if b.Services {
+		clients["helm"] = b.cache.Helm()
+	}
+	for name, program := range clients {
+		// What they remember of an API goes by its address, and that is every bed's.
+		script := fmt.Sprintf("#!/bin/sh\n# Needs root: it enters the bed's network.\nexport KUBECACHEDIR=%s\nexec ip netns exec %s %s --kubeconfig %s \"$@\"\n",
+			b.path("cache"), namespace(b.Name, fabric), program, b.Kubeconfig)
+		if err := writeFile(b.path(name), script, 0o755); err != nil {
+			return err
+		}
 	}
 	return writeFile(b.path("ssh"), fmt.Sprintf("#!/bin/sh\n# ssh NODE [COMMAND]\nexec ssh -F %s \"$@\"\n", b.path("ssh_config")), 0o755)
 }

@@ -51,8 +51,11 @@ func (b *builder) kubeadmInit(ctx context.Context, s scene) error {
 			return err
 		}
 	}
-	// The add-ons are kube-proxy and CoreDNS, which have no part in a rotation.
-	return b.run(ctx, s.Node.Name, "kubeadm init", "kubeadm init --config /etc/kubeadm.yaml --upload-certs --skip-phases=addon -v=1")
+	skip := ""
+	if !b.Services {
+		skip = "--skip-phases=addon" // kube-proxy and CoreDNS, which have no part in a rotation
+	}
+	return b.run(ctx, s.Node.Name, "kubeadm init", "kubeadm init --config /etc/kubeadm.yaml --upload-certs -v=1 "+skip)
 }
 
 // readCA is how a machine that joins knows the cluster. A machine could also ask
@@ -120,7 +123,7 @@ func (b *builder) awaitCluster(ctx context.Context, s scene) error {
 	if err := b.until(ctx, within, first, "probe pods are made", "kubectl apply -f /etc/kubernetes/probe.yaml"); err != nil {
 		return err
 	}
-	err = b.until(ctx, within, first, "control plane pods become ready", allReady("pods --namespace=kube-system", b.staticPods*len(s.Masters)))
+	err = b.until(ctx, within, first, "control plane pods become ready", allReady("pods --namespace=kube-system", b.systemPods()))
 	if err != nil {
 		return err
 	}
@@ -128,7 +131,17 @@ func (b *builder) awaitCluster(ctx context.Context, s scene) error {
 	return b.until(ctx, within, first, "probe pods run", "kubectl rollout status deployment/probe --timeout=60s || { kubectl get pods -A -o wide; kubectl describe pods; exit 1; }")
 }
 
-// allReady is a script that waits for objects and fails when there are not n of them.
+// systemPods is how many pods kube-system has.
+func (b *builder) systemPods() int {
+	n := b.staticPods * len(b.masters())
+	if b.Services {
+		n += len(b.Nodes) + 2 // kube-proxy on every node, and kubeadm's two of CoreDNS
+	}
+	return n
+}
+
+// allReady is a script that waits until there are n objects and all of them are
+// ready. It counts first: kubectl waits for those that it finds at the start.
 func allReady(what string, n int) string {
-	return fmt.Sprintf(`kubectl wait --for=condition=Ready %s --all --timeout=60s && [ "$(kubectl get %s -o name | wc -l)" = %d ]`, what, what, n)
+	return fmt.Sprintf(`[ "$(kubectl get %s -o name | wc -l)" = %d ] && kubectl wait --for=condition=Ready %s --all --timeout=60s`, what, n, what)
 }

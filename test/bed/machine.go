@@ -62,6 +62,11 @@ func (b *builder) furnish(n Node) error {
 	if err := b.letIn(upper); err != nil {
 		return err
 	}
+	if b.Services {
+		if err := b.furnishServices(upper, n); err != nil {
+			return err
+		}
+	}
 	return cloneStore(b.cache.path(containers), filepath.Join(dir, "containerd"))
 }
 
@@ -118,7 +123,7 @@ func (b *builder) boot(n Node) error {
 	if h.unified {
 		env = append(env, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
 	}
-	return b.start(n.Name, n.Name, argv, env...)
+	return b.start(n.Name, n.Name, argv, env)
 }
 
 // awaitMachine waits until sshd and containerd answer.

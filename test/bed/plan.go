@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"text/template"
@@ -26,6 +27,7 @@ const (
 	podNetwork     = "10.244.0.0/16"
 	firstMaster    = 11
 	firstWorker    = 31
+	registryAddr   = balancerIP + ":5000" // with Services
 )
 
 //go:embed templates
@@ -47,7 +49,7 @@ type builder struct {
 func plan(cfg Config, cache *Cache) (*builder, error) {
 	c := &Cluster{
 		Name: cfg.Name, Layout: cfg.Layout, Dir: cfg.Dir,
-		SSHHost: "127.0.0.1", SSHUser: "azureuser", LoadBalancer: loadBalancer,
+		SSHHost: "127.0.0.1", SSHUser: "azureuser", LoadBalancer: loadBalancer, Services: cfg.Services,
 	}
 	b := &builder{Cluster: c, cache: cache, started: time.Now(), log: cfg.Log}
 	if b.log == nil {
@@ -63,6 +65,9 @@ func plan(cfg Config, cache *Cache) (*builder, error) {
 		b.bring, b.staticPods = b.bringAKSEngine, 3
 	default:
 		return nil, fmt.Errorf("there is no layout %q: take %s or %s", c.Layout, LayoutKubeadm, LayoutAKSEngine)
+	}
+	if c.Services && c.Layout != LayoutKubeadm {
+		return nil, fmt.Errorf("the layout %s has no Services: take %s", c.Layout, LayoutKubeadm)
 	}
 	if c.Name == "" {
 		c.Name = c.Layout
@@ -113,15 +118,19 @@ func podSubnet(n Node) string {
 
 // build does the steps in order and says how long each took.
 func (b *builder) build(ctx context.Context) error {
-	steps := []struct {
+	type step struct {
 		done string
 		do   func(context.Context) error
-	}{
+	}
+	steps := []step{
 		{"keys made", b.makeKeys},
 		{"network and load balancer up", b.makeNetwork},
 		{"machines booted", b.bootAll},
 		{"ssh on a loopback port", b.openDoor},
 		{"cluster up", b.bring},
+	}
+	if b.Services {
+		steps = slices.Insert(steps, 2, step{"registry up", b.startServices})
 	}
 	for _, s := range steps {
 		if err := s.do(ctx); err != nil {
@@ -142,13 +151,13 @@ func (b *builder) logf(format string, args ...any) {
 }
 
 // path is a path in the bed's folder.
-func (b *builder) path(elem ...string) string {
-	return filepath.Join(append([]string{b.Dir}, elem...)...)
+func (c *Cluster) path(elem ...string) string {
+	return filepath.Join(append([]string{c.Dir}, elem...)...)
 }
 
-func (b *builder) masters() []Node {
+func (c *Cluster) masters() []Node {
 	var m []Node
-	for _, n := range b.Nodes {
+	for _, n := range c.Nodes {
 		if n.Role == RoleMaster {
 			m = append(m, n)
 		}
@@ -156,7 +165,7 @@ func (b *builder) masters() []Node {
 	return m
 }
 
-func (b *builder) workers() []Node { return b.Nodes[len(b.masters()):] }
+func (c *Cluster) workers() []Node { return c.Nodes[len(c.masters()):] }
 
 // each does the same for several nodes at the same time and waits for all. When
 // one fails the others are told to stop.
@@ -183,7 +192,6 @@ type scene struct {
 	Others         []Node
 	Masters        []Node
 	Workers        []Node
-	Fabric         string
 	BalancerIP     string
 	ServiceIP      string
 	ServiceNetwork string
@@ -197,12 +205,14 @@ type scene struct {
 	CertificateKey string
 	CA             string // certificate of the cluster's CA, as kubeconfigs hold it
 	AKS            aksFacts
+	Registry       string // host:port inside the bed's network
+	PassageTo      string // server of a [Cluster.passage], as haproxy has it
 }
 
-func (b *builder) scene(n Node) scene {
+func (c *Cluster) scene(n Node) scene {
 	return scene{
-		Cluster: b.Cluster, Node: n, First: b.Nodes[0], Others: b.Nodes[1:], Masters: b.masters(), Workers: b.workers(),
-		Fabric: namespace(b.Name, fabric), BalancerIP: balancerIP, ServiceIP: serviceIP, ServiceNetwork: serviceNetwork, PodNetwork: podNetwork,
+		Cluster: c, Node: n, First: c.Nodes[0], Others: c.Nodes[1:], Masters: c.masters(), Workers: c.workers(),
+		Registry: registryAddr, BalancerIP: balancerIP, ServiceIP: serviceIP, ServiceNetwork: serviceNetwork, PodNetwork: podNetwork,
 		PodSubnet: podSubnet(n), Version: kubernetesVersion, EtcdVersion: etcdVersion, Repository: repository, Pause: pauseImage,
 	}
 }

@@ -33,26 +33,27 @@ func entered(recordFile string, groups []string, argv ...string) []string {
 
 // start starts a process of the bed that outlives this one, as the machine's or
 // as one of the fabric. It is recorded in process/NAME and prints to log/NAME.log.
-func (b *builder) start(machine, name string, argv []string, env ...string) error {
-	groups, err := makeGroup(b.Name, machine)
+// It has the files as its descriptors from 3 on.
+func (c *Cluster) start(machine, name string, argv, env []string, files ...*os.File) error {
+	groups, err := makeGroup(c.Name, machine)
 	if err != nil {
 		return err
 	}
 	for _, dir := range []string{"process", "log"} {
-		if err := os.MkdirAll(b.path(dir), 0o755); err != nil {
+		if err := os.MkdirAll(c.path(dir), 0o755); err != nil {
 			return err
 		}
 	}
-	log, err := os.OpenFile(b.logFile(name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	log, err := os.OpenFile(c.logFile(name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	args := entered(b.path("process", name), groups, argv...)
+	args := entered(c.path("process", name), groups, argv...)
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Dir = "/"
 	cmd.Env = append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, env...)
-	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = log, log, files
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // an interrupt from the terminal is for Up, which ends it in order
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("starting %s: %w", name, err)
@@ -61,7 +62,7 @@ func (b *builder) start(machine, name string, argv []string, env ...string) erro
 	return nil
 }
 
-func (b *builder) logFile(name string) string { return b.path("log", name+".log") }
+func (c *Cluster) logFile(name string) string { return c.path("log", name+".log") }
 
 // process is one that a bed started, named so that it cannot be mistaken for a
 // later one with the same number.

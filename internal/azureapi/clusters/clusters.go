@@ -42,7 +42,7 @@ type Config struct {
 	Clusters *cluster.Service
 	// Connections are what a manager brings to the clusters. Nil: nothing.
 	Connections interface {
-		Work(ctx context.Context) (map[string][]wire.ConnectionWork, error)
+		Work(ctx context.Context) (map[string][]wire.ConnectionWork, map[string][]wire.ExtensionWork, error)
 	}
 	Now func() time.Time // nil: time.Now
 }
@@ -200,14 +200,15 @@ func (s surface) work(r *azureapi.Request) (*azureapi.Reply, error) {
 		return nil, err
 	}
 	var connections map[string][]wire.ConnectionWork // by the keys of clusters
+	var extensions map[string][]wire.ExtensionWork
 	if s.Connections != nil {
-		if connections, err = s.Connections.Work(r.Context()); err != nil {
+		if connections, extensions, err = s.Connections.Work(r.Context()); err != nil {
 			return nil, err
 		}
 	}
 	out := wire.Work{Clusters: make([]wire.Assignment, len(all))}
 	for i, a := range all {
-		out.Clusters[i] = wire.Assignment{ID: a.ID, Login: a.Login, Connections: connections[strings.ToLower(a.ID)]}
+		out.Clusters[i] = wire.Assignment{ID: a.ID, Login: a.Login, Connections: connections[strings.ToLower(a.ID)], Extensions: extensions[strings.ToLower(a.ID)]}
 	}
 	return azureapi.OK(out), nil
 }

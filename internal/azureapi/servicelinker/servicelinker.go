@@ -19,6 +19,7 @@ package servicelinker
 import (
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -50,7 +51,7 @@ func Routes(cfg Config) []azureapi.Route {
 		Surface: azureapi.ARM, Method: http.MethodGet, Path: "/providers/microsoft.servicelinker/configurationnames", Versions: versions,
 		Action: azureapi.Authenticated, Handle: s.names,
 	}
-	return append(append(s.linkerRoutes(), s.serverRoutes()...), names)
+	return slices.Concat(s.linkerRoutes(), s.extensionRoutes(), s.serverRoutes(), []azureapi.Route{names})
 }
 
 type surface struct {

@@ -20,7 +20,7 @@ import (
 const usage = `Usage, as root, anywhere in the project:
 
   bed prepare                       build what beds are made from; once
-  bed up [-layout L] [-name N] [-masters 3] [-workers 1] [-dir DIR] [-keep]
+  bed up [-layout L] [-name N] [-masters 3] [-workers 1] [-services] [-dir DIR] [-keep]
   bed down [-layout L] [-name N] [-dir DIR]
 
 Layouts: kubeadm, aks-engine.
@@ -46,6 +46,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	flags.StringVar(&cfg.Dir, "dir", "", "the bed's folder; empty: in the cache")
 	flags.IntVar(&cfg.Masters, "masters", 3, "number of masters")
 	flags.IntVar(&cfg.Workers, "workers", 1, "number of workers")
+	flags.BoolVar(&cfg.Services, "services", false, "kube-proxy, CoreDNS and a registry, for applications")
 	flags.BoolVar(&cfg.Keep, "keep", false, "leave a bed that failed to come up")
 	if err := flags.Parse(args[1:]); err != nil {
 		return err
@@ -64,7 +65,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	case "prepare":
 		return cache.Prepare(ctx, out)
 	case "up":
-		if err := cache.Prepare(ctx, out); err != nil {
+		if err := cache.PrepareFor(ctx, cfg, out); err != nil {
 			return err
 		}
 		return up(ctx, cfg, out)

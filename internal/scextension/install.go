@@ -1,0 +1,155 @@
+package scextension
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	wire "keyfleet.dev/keyfleet/api/kubernetes"
+	"keyfleet.dev/keyfleet/internal/fault"
+)
+
+// Releases installs and removes releases of charts in one cluster; package helm has
+// the real one.
+type Releases interface {
+	// Install makes the release be as the values say, and waits until it works.
+	Install(ctx context.Context, name string, values map[string]any, timeout time.Duration) (wire.Release, error)
+	// Get returns a release; nil: there is none.
+	Get(ctx context.Context, name string) (*wire.Release, error)
+	// Remove removes a release with all its objects.
+	Remove(ctx context.Context, name string, timeout time.Duration) error
+}
+
+// installTime is how long an installation may take: images are pulled, pods started,
+// and sc-job makes the objects of all connections.
+const installTime = 6 * time.Minute
+
+// installation is what is known of an extension's release.
+type installation struct {
+	revision string // that was worked on, or is
+	removed  bool   // that was to remove it
+	running  bool
+	next     time.Time // when to try again; zero: it succeeded
+}
+
+// tryAgain is the pause after an installation that failed.
+const tryAgain = time.Minute
+
+// install starts what has to be done about an extension, unless it is under way or
+// done. One that has failed is tried again.
+func (m *Manager) install(ctx context.Context, cluster string, r Releases, w wire.ExtensionWork) {
+	key := cluster + "/" + w.Name
+	m.lock.Lock()
+	defer m.lock.Unlock()
+	was, now := m.done[key], time.Now()
+	same := was.revision == w.Revision && was.removed == w.Remove
+	if was.running || same && (was.next.IsZero() || now.Before(was.next)) {
+		return
+	}
+	m.done[key] = installation{revision: w.Revision, removed: w.Remove, running: true}
+	m.work.Go(func() {
+		ok := m.extend(ctx, cluster, r, w)
+		m.lock.Lock()
+		defer m.lock.Unlock()
+		i := installation{revision: w.Revision, removed: w.Remove}
+		if !ok {
+			i.next = time.Now().Add(tryAgain)
+		}
+		m.done[key] = i
+	})
+}
+
+// extend brings the extension of a cluster to what is wanted, and reports. It
+// returns whether that worked.
+func (m *Manager) extend(ctx context.Context, cluster string, r Releases, w wire.ExtensionWork) (ok bool) {
+	report := m.release(ctx, r, w)
+	err := m.call(ctx, http.MethodPut, "/keyfleet/v1"+cluster+"/providers/"+wire.ExtensionType+"/"+w.Name+"/report", report, nil)
+	if err != nil {
+		m.Log.Error("what became of the extension cannot be reported", "cluster", cluster, "error", err)
+	}
+	return err == nil && report.Problem == nil
+}
+
+// release does what is wanted, and says what became of it.
+func (m *Manager) release(ctx context.Context, r Releases, w wire.ExtensionWork) wire.ExtensionReport {
+	report := wire.ExtensionReport{Revision: w.Revision}
+	if r == nil || m.Image == "" {
+		report.Problem = &wire.Problem{
+			Code: "ImageNotConfigured", Layer: "helm", Object: "release " + Namespace + "/" + w.Name, Message: "The manager was not told which image the extension runs.",
+			Fix: "keyfleet-connector manager --image REGISTRY/keyfleet-connector:TAG",
+		}
+		return report
+	}
+	if w.Remove {
+		if err := r.Remove(ctx, w.Name, installTime); err != nil {
+			report.Problem = releaseProblem(w.Name, err)
+			return report
+		}
+		report.Gone = true
+		return report
+	}
+	values, err := m.values(w.Settings)
+	if err != nil {
+		report.Problem = releaseProblem(w.Name, err)
+		return report
+	}
+	release, err := r.Install(ctx, w.Name, values, installTime)
+	if err != nil {
+		report.Problem = releaseProblem(w.Name, err)
+		report.Release, _ = r.Get(ctx, w.Name) // what there is of it, if that can be seen
+		return report
+	}
+	report.Release = &release
+	return report
+}
+
+// values are the chart's values: the manager's image, and the settings of the extension.
+func (m *Manager) values(settings map[string]string) (map[string]any, error) {
+	out := map[string]any{"image": m.Image}
+	for name, text := range settings {
+		at, parts := out, strings.Split(name, ".")
+		for _, p := range parts[:len(parts)-1] {
+			inner, ok := at[p].(map[string]any)
+			if !ok {
+				if at[p] != nil {
+					return nil, fault.New(fault.Invalid, "RenderingFailed", "Helm chart rendering failed with given values: %s is set twice.", name).At("configurationSettings." + name)
+				}
+				inner = map[string]any{}
+				at[p] = inner
+			}
+			at = inner
+		}
+		at[parts[len(parts)-1]] = scalar(text)
+	}
+	return out, nil
+}
+
+// scalar is a setting as the chart's schema wants it: numbers and truth values are such.
+func scalar(text string) any {
+	if n, err := strconv.ParseInt(text, 10, 32); err == nil {
+		return n
+	}
+	if b, err := strconv.ParseBool(text); err == nil && (text == "true" || text == "false") {
+		return b
+	}
+	return text
+}
+
+// releaseProblem says an error of Helm as the extension shows it.
+func releaseProblem(name string, err error) *wire.Problem {
+	e := fault.From(err)
+	p := &wire.Problem{Code: e.Code, Layer: "helm", Object: "release " + Namespace + "/" + name, Message: e.Message, Fix: e.Fix}
+	if e.Err != nil {
+		p.Raw = problem(e.Err)
+	}
+	if p.Code == "" {
+		p.Code, p.Message, p.Raw = "HelmFailed", "The release could not be worked on.", problem(err)
+	}
+	for _, d := range e.Details {
+		p.Message += fmt.Sprintf(" %s: %s", d.Code, d.Message)
+	}
+	return p
+}
