@@ -95,12 +95,12 @@ func TestBrokenServers(t *testing.T) {
 		kind   fault.Kind
 		text   string
 	}{
-		"never answers": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, fault.Unavailable, ""},
+		"never answers": {func(_ http.ResponseWriter, r *http.Request) { hang(r) }, fault.Unavailable, ""},
 		"stops in the middle": {func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Length", "100")
 			_, _ = io.WriteString(w, list[:10])
 			w.(http.Flusher).Flush()
-			<-r.Context().Done()
+			hang(r)
 		}, fault.Unavailable, ""},
 		"cuts the connection": {func(w http.ResponseWriter, _ *http.Request) { cut(w, "") }, fault.Unavailable, "EOF"},
 		"cuts in the middle": {func(w http.ResponseWriter, _ *http.Request) {
@@ -137,7 +137,7 @@ func TestBrokenServers(t *testing.T) {
 }
 
 func TestCallerGivesUp(t *testing.T) {
-	b := newBroken(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	b := newBroken(t, func(_ http.ResponseWriter, r *http.Request) { hang(r) })
 	a := b.api(t, answerTime)
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(50*time.Millisecond, cancel)
@@ -219,4 +219,11 @@ func TestConnectorRefuses(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// hang answers nothing until the client has gone, and ends without a word: an
+// empty answer could still reach a client that is about to hang up.
+func hang(r *http.Request) {
+	<-r.Context().Done()
+	panic(http.ErrAbortHandler)
 }
