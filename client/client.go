@@ -110,10 +110,15 @@ func FromAdmin(dir string) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
+	return ForAdmin(a), nil
+}
+
+// ForAdmin returns the configuration of a login whose CAFile is absolute.
+func ForAdmin(a keyfleet.Admin) Config {
 	return Config{
 		Endpoints: a.Endpoints, Tenant: a.Tenant, Subscription: a.Subscription,
 		ClientID: a.ClientID, ClientSecret: a.ClientSecret, CAFile: a.CAFile,
-	}, nil
+	}
 }
 
 // ReadAdmin reads dir/admin.json and makes its CAFile absolute.

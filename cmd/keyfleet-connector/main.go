@@ -16,7 +16,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -25,6 +28,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"keyfleet.dev/keyfleet/api/keyfleet"
 	"keyfleet.dev/keyfleet/client"
 	"keyfleet.dev/keyfleet/internal/scextension"
 )
@@ -53,7 +57,7 @@ func manager() *cobra.Command {
 		Use: "manager", Short: "Look after the clusters that are registered at a server", Args: cobra.NoArgs,
 		Example: "  keyfleet-connector manager --from /etc/keyfleet-connector --image registry.example.org/keyfleet-connector:0.1.0",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := client.FromAdmin(from)
+			ctx, cfg, err := openLogin(cmd.Context(), from, cmd.InOrStdin())
 			if err != nil {
 				return err
 			}
@@ -70,12 +74,32 @@ func manager() *cobra.Command {
 				return err
 			}
 			m := scextension.Manager{Server: server, Interval: interval, Log: log, Image: image, Releases: open}
-			return m.Run(cmd.Context())
+			return m.Run(ctx)
 		},
 	}
-	c.Flags().StringVar(&from, "from", "", "folder with the login that \"keyfleet cluster manager create\" wrote (required)")
+	c.Flags().StringVar(&from, "from", "", "folder with the login that \"keyfleet cluster manager create\" wrote; - reads it from standard input and ends with that (required)")
 	c.Flags().DurationVar(&interval, "interval", 10*time.Second, "time between two looks at a cluster")
 	c.Flags().StringVar(&image, "image", "", "image of this program, which the extension runs in clusters; without it extensions are not installed")
 	_ = c.MarkFlagRequired("from")
 	return c
+}
+
+// openLogin reads the login from a folder. With "-" it comes on standard input, and
+// the context ends when that is closed: who started this program is gone then.
+func openLogin(ctx context.Context, from string, in io.Reader) (context.Context, client.Config, error) {
+	if from != "-" {
+		cfg, err := client.FromAdmin(from)
+		return ctx, cfg, err
+	}
+	var login keyfleet.Admin
+	d := json.NewDecoder(in)
+	if err := d.Decode(&login); err != nil {
+		return ctx, client.Config{}, fmt.Errorf("reading the login from standard input: %w", err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() { // ends with the input, or with the process
+		_, _ = io.Copy(io.Discard, in)
+		cancel(errors.New("standard input was closed"))
+	}()
+	return ctx, client.ForAdmin(login), nil
 }

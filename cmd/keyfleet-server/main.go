@@ -65,6 +65,8 @@ func report(err error) {
 // settings are the flags of the server.
 type settings struct {
 	dataDir, listen, domain, packages, agent string
+	connector, image                         string
+	manager                                  bool
 	logLevel, logFormat                      string
 	aliases, etcd                            []string
 	etcdCA, etcdCert, etcdKey                string
@@ -93,6 +95,9 @@ func command() *cobra.Command {
 	l.StringSliceVar(&f.aliases, "host-alias", nil, "further name of a surface, SUFFIX=SURFACE: vault.azure.cn=vault, management.azure.com=arm")
 	l.StringVar(&f.packages, "packages", "", "folder of extension packages; empty: \"packages\" beside this program")
 	l.StringVar(&f.agent, "agent", "", "keyfleet-agent program of local nodes; empty: beside this program")
+	l.BoolVar(&f.manager, "manager", true, "look after registered clusters with a child process; false: run \"keyfleet-connector manager\" yourself")
+	l.StringVar(&f.connector, "connector", "", "keyfleet-connector program of that child; empty: beside this program")
+	l.StringVar(&f.image, "connector-image", "", "image of keyfleet-connector that the extension runs in clusters; without it the child installs no extension")
 	l.BoolVar(&f.dev, "dev", false, "for trying out: policy time may be moved, local nodes end with the server")
 	_ = cmd.MarkPersistentFlagRequired("data-dir")
 	cmd.AddCommand(maintenanceCommands(&f)...)
@@ -106,7 +111,7 @@ func (f *settings) run(ctx context.Context) error {
 		return err
 	}
 	slog.SetDefault(log) // for packages without a logger of their own: the leadership's lines
-	cfg := server.Config{DataDir: f.dataDir, Listen: f.listen, Domain: strings.ToLower(f.domain), EtcdEndpoints: f.etcd, Dev: f.dev, Log: log}
+	cfg := server.Config{DataDir: f.dataDir, Listen: f.listen, Domain: strings.ToLower(f.domain), EtcdEndpoints: f.etcd, Dev: f.dev, NoManager: !f.manager, Image: f.image, Log: log}
 	for _, text := range f.aliases {
 		a, err := azureapi.ParseAlias(text)
 		if err != nil {
@@ -117,7 +122,7 @@ func (f *settings) run(ctx context.Context) error {
 	if cfg.EtcdTLS, err = f.etcdTLS(); err != nil {
 		return err
 	}
-	for flag, path := range map[*string]string{&cfg.PackageDir: f.packages, &cfg.AgentPath: f.agent} {
+	for flag, path := range map[*string]string{&cfg.PackageDir: f.packages, &cfg.AgentPath: f.agent, &cfg.ConnectorPath: f.connector} {
 		if path != "" {
 			if *flag, err = filepath.Abs(path); err != nil {
 				return err

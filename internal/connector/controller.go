@@ -220,7 +220,7 @@ func (c controller) delivered(ctx context.Context, o *Object, d wire.Desired, st
 			return wire.Applied{}, fault.New(fault.Unavailable, "ClusterNotReady", "The cluster is %s: %s.", state.State, state.Reason).At(state.ID).
 				WithFix("keyfleet cluster show %s", o.Spec.Cluster[strings.LastIndexByte(o.Spec.Cluster, '/')+1:])
 		}
-		return wire.Applied{}, waiting{"the cluster to have it", 10 * time.Second}
+		return wire.Applied{}, c.undelivered(ctx, o)
 	}
 	a := *report.Spec.Applied
 	if a.Problem != nil {
@@ -236,6 +236,31 @@ func (c controller) delivered(ctx context.Context, o *Object, d wire.Desired, st
 		}
 	}
 	return a, nil
+}
+
+// installPatience is how long a connection waits although the extension has a
+// problem: somebody may be about to mend it.
+const installPatience = 30 * time.Second
+
+// undelivered says why the cluster does not have the connection yet: it takes a
+// moment, or the extension that would make the objects could not be installed.
+func (c controller) undelivered(ctx context.Context, o *Object) error {
+	cluster, _, err := parseLinker(o.Spec.ID)
+	if err != nil {
+		return err
+	}
+	ext, err := Extensions.Lookup(c.cfg.Store.View(ctx), key(cluster, ExtensionName))
+	if err != nil {
+		return err
+	}
+	if ext == nil || ext.Status.Report.Problem == nil {
+		return waiting{"the cluster to have it", 10 * time.Second}
+	}
+	p := *ext.Status.Report.Problem
+	if c.cfg.Now().Sub(o.Changed) < installPatience {
+		return waiting{"the extension " + ExtensionName + ": " + p.Message, 5 * time.Second}
+	}
+	return &problemError{p}
 }
 
 // prove logs in with what was delivered: the hash of the cluster's Secret has shown

@@ -8,7 +8,11 @@ import (
 	"strings"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+
 	wire "keyfleet.dev/keyfleet/api/kubernetes"
+	"keyfleet.dev/keyfleet/internal/effect"
 	"keyfleet.dev/keyfleet/internal/fault"
 )
 
@@ -40,7 +44,7 @@ const tryAgain = time.Minute
 
 // install starts what has to be done about an extension, unless it is under way or
 // done. One that has failed is tried again.
-func (m *Manager) install(ctx context.Context, cluster string, r Releases, w wire.ExtensionWork) {
+func (m *Manager) install(ctx context.Context, cluster string, c connection, w wire.ExtensionWork) {
 	key := cluster + "/" + w.Name
 	m.lock.Lock()
 	defer m.lock.Unlock()
@@ -51,7 +55,7 @@ func (m *Manager) install(ctx context.Context, cluster string, r Releases, w wir
 	}
 	m.done[key] = installation{revision: w.Revision, removed: w.Remove, running: true}
 	m.work.Go(func() {
-		ok := m.extend(ctx, cluster, r, w)
+		ok := m.extend(ctx, cluster, c, w)
 		m.lock.Lock()
 		defer m.lock.Unlock()
 		i := installation{revision: w.Revision, removed: w.Remove}
@@ -64,9 +68,11 @@ func (m *Manager) install(ctx context.Context, cluster string, r Releases, w wir
 
 // extend brings the extension of a cluster to what is wanted, and reports. It
 // returns whether that worked.
-func (m *Manager) extend(ctx context.Context, cluster string, r Releases, w wire.ExtensionWork) (ok bool) {
-	report := m.release(ctx, r, w)
-	err := m.call(ctx, http.MethodPut, "/keyfleet/v1"+cluster+"/providers/"+wire.ExtensionType+"/"+w.Name+"/report", report, nil)
+func (m *Manager) extend(ctx context.Context, cluster string, c connection, w wire.ExtensionWork) (ok bool) {
+	report := m.release(ctx, c, w)
+	err := effect.Do("report on extension", func() error {
+		return m.call(ctx, http.MethodPut, "/keyfleet/v1"+cluster+"/providers/"+wire.ExtensionType+"/"+w.Name+"/report", report, nil)
+	})
 	if err != nil {
 		m.Log.Error("what became of the extension cannot be reported", "cluster", cluster, "error", err)
 	}
@@ -74,17 +80,20 @@ func (m *Manager) extend(ctx context.Context, cluster string, r Releases, w wire
 }
 
 // release does what is wanted, and says what became of it.
-func (m *Manager) release(ctx context.Context, r Releases, w wire.ExtensionWork) wire.ExtensionReport {
-	report := wire.ExtensionReport{Revision: w.Revision}
+func (m *Manager) release(ctx context.Context, c connection, w wire.ExtensionWork) wire.ExtensionReport {
+	report, r := wire.ExtensionReport{Revision: w.Revision}, c.releases
 	if r == nil || m.Image == "" {
+		if operatorWorks(ctx, c.api) {
+			return report // somebody else has seen to it
+		}
 		report.Problem = &wire.Problem{
 			Code: "ImageNotConfigured", Layer: "helm", Object: "release " + Namespace + "/" + w.Name, Message: "The manager was not told which image the extension runs.",
-			Fix: "keyfleet-connector manager --image REGISTRY/keyfleet-connector:TAG",
+			Fix: "start the server with --connector-image REGISTRY/keyfleet-connector:TAG, or the manager with --image",
 		}
 		return report
 	}
 	if w.Remove {
-		if err := r.Remove(ctx, w.Name, installTime); err != nil {
+		if err := effect.Do("remove release", func() error { return r.Remove(ctx, w.Name, installTime) }); err != nil {
 			report.Problem = releaseProblem(w.Name, err)
 			return report
 		}
@@ -96,7 +105,11 @@ func (m *Manager) release(ctx context.Context, r Releases, w wire.ExtensionWork)
 		report.Problem = releaseProblem(w.Name, err)
 		return report
 	}
-	release, err := r.Install(ctx, w.Name, values, installTime)
+	var release wire.Release
+	err = effect.Do("install release", func() (err error) {
+		release, err = r.Install(ctx, w.Name, values, installTime)
+		return err
+	})
 	if err != nil {
 		report.Problem = releaseProblem(w.Name, err)
 		report.Release, _ = r.Get(ctx, w.Name) // what there is of it, if that can be seen
@@ -152,4 +165,13 @@ func releaseProblem(name string, err error) *wire.Problem {
 		p.Message += fmt.Sprintf(" %s: %s", d.Code, d.Message)
 	}
 	return p
+}
+
+// operatorWorks reports whether an operator of connections is at work in the cluster.
+func operatorWorks(ctx context.Context, api kubernetes.Interface) bool {
+	l, err := api.CoordinationV1().Leases(Namespace).Get(ctx, leaseName, metav1.GetOptions{})
+	if err != nil || l.Spec.RenewTime == nil || l.Spec.LeaseDurationSeconds == nil {
+		return false
+	}
+	return time.Since(l.Spec.RenewTime.Time) < time.Duration(*l.Spec.LeaseDurationSeconds)*time.Second
 }

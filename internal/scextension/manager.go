@@ -31,6 +31,7 @@ import (
 
 	wire "keyfleet.dev/keyfleet/api/kubernetes"
 	"keyfleet.dev/keyfleet/client"
+	"keyfleet.dev/keyfleet/internal/effect"
 )
 
 // Manager looks after the clusters of a server. Its zero value is not usable.
@@ -134,7 +135,7 @@ func (m *Manager) Visit(ctx context.Context) error {
 			m.looked[a.ID] = time.Now()
 		}
 		for _, w := range a.Extensions {
-			m.install(ctx, a.ID, c.releases, w)
+			m.install(ctx, a.ID, c, w)
 		}
 		all.Go(func() error {
 			if due {
@@ -201,7 +202,8 @@ func (m *Manager) open(ctx context.Context, a wire.Assignment) (c connection, er
 func (m *Manager) report(ctx context.Context, id string, o wire.Observation) {
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
-	if err := m.call(ctx, http.MethodPut, "/keyfleet/v1"+id+"/observation", o, nil); err != nil {
+	err := effect.Do("report on cluster", func() error { return m.call(ctx, http.MethodPut, "/keyfleet/v1"+id+"/observation", o, nil) })
+	if err != nil {
 		m.Log.Error("what was seen of a cluster cannot be reported", "cluster", id, "error", err)
 	}
 }

@@ -64,6 +64,9 @@ func (s *Server) build(ctx context.Context) error {
 		s.fleet.PoolController(), s.fleet.NodeController(), s.connections.Controller(s.metrics.controllers),
 	)
 	s.runnables = append(s.runnables, s.vaults.Controllers(s.metrics.controllers)...)
+	if !s.cfg.NoManager {
+		s.runnables = append(s.runnables, clusterManager{program: s.cfg.ConnectorPath, image: s.cfg.Image, login: s.managerLogin, log: s.log})
+	}
 	return s.buildEdges(gate, packs)
 }
 

@@ -73,6 +73,9 @@ type Config struct {
 	Dev           bool             // policy time may be moved; local nodes end with the server
 	PackageDir    string           // extension packages; empty: "packages" beside the running program
 	AgentPath     string           // the agent of local nodes; empty: keyfleet-agent beside the running program
+	NoManager     bool             // no manager of clusters is run as a child
+	ConnectorPath string           // the program of that manager; empty: keyfleet-connector beside the running program
+	Image         string           // of keyfleet-connector, for the extension in clusters; empty: it is not installed
 	Log           *slog.Logger     // nil: slog.Default()
 }
 
@@ -164,6 +167,9 @@ func (c *Config) setDefaults() error {
 	}
 	if c.AgentPath == "" {
 		c.AgentPath = filepath.Join(filepath.Dir(exe), "keyfleet-agent")
+	}
+	if c.ConnectorPath == "" {
+		c.ConnectorPath = filepath.Join(filepath.Dir(exe), "keyfleet-connector")
 	}
 	return nil
 }

@@ -36,6 +36,7 @@ type Config struct {
 	Args  []string // further arguments of the server
 	Env   []string // further environment of the server, KEY=VALUE
 	Quiet bool     // do not print the server's log when the test fails
+	Child bool     // the server runs a manager of clusters; else a test that needs one runs it
 	Dies  bool     // the server may die before it is ready; it is started once more, without being told to die
 }
 
@@ -179,7 +180,7 @@ func (s *Stack) printConsoles() {
 // Run starts the process (again) and waits for its ready line. It returns an
 // error if the process ends before.
 func (s *Stack) Run(env ...string) error {
-	args := append([]string{"--data-dir", s.Dir, "--listen", s.Listen, "--dev"}, s.cfg.Args...)
+	args := append([]string{"--data-dir", s.Dir, "--listen", s.Listen, "--dev", fmt.Sprintf("--manager=%t", s.cfg.Child)}, s.cfg.Args...)
 	cmd := exec.Command(filepath.Join(s.Bin, "keyfleet-server"), args...)
 	cmd.Env = append(os.Environ(), env...)
 	cmd.Stderr = s.log
