@@ -40,7 +40,7 @@ cluster-down: ## takes it down
 	@$(GO) build -o bin/bed ./test/bed/cmd/bed
 	@bin/bed down -layout $(or $(LAYOUT),kubeadm)
 
-bench: build ## the figures of the README; ONLY=server or ONLY=rotation for one of the tables
+bench: build ## the figures of the README; ONLY=server, connections or rotation for one of the tables
 	@GO='$(GO)' ONLY='$(ONLY)' sh build/bench
 
 fuzz: ## every fuzz target for FUZZTIME each (default 10s)

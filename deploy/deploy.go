@@ -15,7 +15,7 @@ import (
 	"io/fs"
 )
 
-//go:embed all:sc-extension
+//go:embed all:sc-extension manager-role.yaml
 var charts embed.FS
 
 // Extension is the chart of sc-extension.
@@ -25,4 +25,13 @@ func Extension() fs.FS {
 		panic(fmt.Sprintf("the chart of sc-extension is not in this program: %v", err)) // the folder is named above
 	}
 	return chart
+}
+
+// ManagerRole is manager-role.yaml: what keyfleet-connector needs in a cluster.
+func ManagerRole() []byte {
+	text, err := charts.ReadFile("manager-role.yaml")
+	if err != nil {
+		panic(fmt.Sprintf("the role of the manager is not in this program: %v", err)) // the file is named above
+	}
+	return text
 }

@@ -90,7 +90,7 @@ type AppliedObject struct {
 	Namespace string `json:"namespace"`
 	Name      string `json:"name"`
 	// Hash is of what it holds: of a Secret's data, and of the annotations of a
-	// ServiceAccount, see SecretHash.
+	// ServiceAccount, see SecretHash; of a SecretProviderClass see ProviderObject.Hash.
 	Hash string `json:"hash,omitempty"`
 	// Changed is when a Secret's data last changed, in whole seconds.
 	Changed time.Time `json:"changed,omitzero"`
@@ -129,6 +129,8 @@ type Release struct {
 	Chart     string    `json:"chart"`  // "sc-extension-0.1.0"
 	Version   string    `json:"version"`
 	Updated   time.Time `json:"updated"`
+	// Description is Helm's, with the reason of a failure.
+	Description string `json:"description,omitempty"`
 }
 
 // ConnectionReport is what a manager saw of a connection in the cluster.

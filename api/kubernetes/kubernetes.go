@@ -22,7 +22,7 @@ type ManagedCluster struct {
 }
 
 // ClusterProperties are read-only but for Kubeconfig, which is write-only and
-// Keyfleet's own, as Observed is. What is enabled is what was seen.
+// Keyfleet's own, as SSH, Rotation and Observed are. What is enabled is what was seen.
 type ClusterProperties struct {
 	Kubeconfig               string           `json:"kubeconfig,omitempty"`
 	ProvisioningState        string           `json:"provisioningState,omitempty"`
@@ -34,6 +34,8 @@ type ClusterProperties struct {
 	SecurityProfile          *Security        `json:"securityProfile,omitempty"`
 	AddonProfiles            map[string]Addon `json:"addonProfiles,omitempty"`
 	Observed                 *Observed        `json:"observed,omitempty"`
+	SSH                      *SSHAccess       `json:"ssh,omitempty"`
+	Rotation                 *Rotation        `json:"rotation,omitempty"`
 }
 
 // PowerState is "Running" for a cluster that answers.
@@ -102,6 +104,7 @@ type Assignment struct {
 	Login       string           `json:"login"`
 	Extensions  []ExtensionWork  `json:"extensions,omitempty"`
 	Connections []ConnectionWork `json:"connections,omitempty"`
+	Questions   []Question       `json:"questions,omitempty"` // that no manager has answered
 }
 
 // Observation is what a manager saw of a cluster: Problem, or the rest.
@@ -113,6 +116,6 @@ type Observation struct {
 	Issuer    string          `json:"issuer,omitempty"`
 	KeySet    json.RawMessage `json:"keySet,omitempty"` // RFC 7517
 	Webhook   bool            `json:"webhook,omitempty"`
-	CSIDriver bool            `json:"csiDriver,omitempty"`
+	CSIDriver bool            `json:"csiDriver,omitempty"` // and the kind SecretProviderClass
 	Missing   []string        `json:"missingPermissions,omitempty"`
 }

@@ -52,6 +52,8 @@ type ResourceProperties struct {
 	Type                           string `json:"type"`
 	ConnectAsKubernetesCSIDriver   bool   `json:"connectAsKubernetesCsiDriver,omitempty"`
 	ConnectWithKubernetesExtension bool   `json:"connectWithKubernetesExtension,omitempty"`
+	// Objects are own: what the CSI driver brings, key of the Secret -> secret or certificate of the vault.
+	Objects map[string]string `json:"objects,omitempty"`
 }
 
 // AuthInfo is how a workload proves itself. Secrets are write-only.

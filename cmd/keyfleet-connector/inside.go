@@ -73,7 +73,8 @@ func job() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeoutCause(cmd.Context(), timeout, errors.New("it may take "+timeout.String()))
 			defer cancel()
-			j := scextension.Job{Cluster: cluster, Out: cmd.OutOrStdout()}
+			// On the same stream as the error that ends it: of two, a container's log mixes the lines.
+			j := scextension.Job{Cluster: cluster, Out: cmd.ErrOrStderr()}
 			return j.Run(ctx)
 		},
 	}

@@ -11,7 +11,7 @@
 //
 // are what the chart of sc-extension runs in a cluster: they keep the objects of its
 // connections as they shall be, do so once, and give pods their identity. All log on
-// standard error; the job prints what it did on standard output.
+// standard error, where the job also prints what it did.
 package main
 
 import (
@@ -23,6 +23,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -51,7 +52,7 @@ func main() {
 }
 
 func manager() *cobra.Command {
-	var from, image string
+	var from, image, addonChart string
 	var interval time.Duration
 	c := &cobra.Command{
 		Use: "manager", Short: "Look after the clusters that are registered at a server", Args: cobra.NoArgs,
@@ -69,17 +70,23 @@ func manager() *cobra.Command {
 			log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 			log.Info("looking after clusters", "server", cfg.Endpoints.ResourceManager, "interval", interval)
 			// The login's folder names this manager over its restarts.
-			open, err := openReleases(cfg.Endpoints.ResourceManager+" "+from, log)
-			if err != nil {
+			open := opener{runner: cfg.Endpoints.ResourceManager + " " + from, log: log}
+			m := scextension.Manager{
+				Server: server, Interval: interval, Log: log, Image: image, Authority: strings.TrimRight(cfg.Endpoints.Login, "/") + "/", Tenant: cfg.Tenant,
+			}
+			if m.Releases, err = open.extension(); err != nil {
 				return err
 			}
-			m := scextension.Manager{Server: server, Interval: interval, Log: log, Image: image, Releases: open}
+			if m.Addon, err = open.addon(addonChart); err != nil {
+				return err
+			}
 			return m.Run(ctx)
 		},
 	}
 	c.Flags().StringVar(&from, "from", "", "folder with the login that \"keyfleet cluster manager create\" wrote; - reads it from standard input and ends with that (required)")
 	c.Flags().DurationVar(&interval, "interval", 10*time.Second, "time between two looks at a cluster")
 	c.Flags().StringVar(&image, "image", "", "image of this program, which the extension runs in clusters; without it extensions are not installed")
+	c.Flags().StringVar(&addonChart, "addon-chart", "", "chart of the Secrets Store CSI driver with the provider for Azure, a folder or an archive; without it the add-on is not installed")
 	_ = c.MarkFlagRequired("from")
 	return c
 }

@@ -14,27 +14,49 @@ import (
 	"keyfleet.dev/keyfleet/internal/scextension"
 )
 
-// releases are those of the chart that this program carries, in one cluster.
+// releases are those of one chart, in one cluster.
 type releases struct {
 	client *helm.Client
 	chart  *helm.Chart
 }
 
-// openReleases returns how a manager opens clusters for installations. runner names
-// the manager over its restarts, so that it goes on at once with what it left.
-func openReleases(runner string, log *slog.Logger) (func(kubeconfig []byte) (scextension.Releases, error), error) {
+// opener opens clusters for installations by a manager.
+type opener struct {
+	// runner names the manager over its restarts, so that it goes on at once with what it left.
+	runner string
+	log    *slog.Logger
+}
+
+// extension opens clusters for the chart that this program carries.
+func (o opener) extension() (func(kubeconfig []byte) (scextension.Releases, error), error) {
 	chart, err := helm.ReadChart(deploy.Extension())
 	if err != nil {
 		return nil, fmt.Errorf("reading the chart of sc-extension: %w", err)
 	}
+	return o.open(scextension.Namespace, chart), nil
+}
+
+// addon opens clusters for the chart of the add-on at a path; nil without one.
+func (o opener) addon(path string) (func(kubeconfig []byte) (scextension.Releases, error), error) {
+	if path == "" {
+		return nil, nil
+	}
+	chart, err := helm.LoadChart(path)
+	if err != nil {
+		return nil, err
+	}
+	return o.open(kubernetes.AddonNamespace, chart), nil
+}
+
+func (o opener) open(namespace string, chart *helm.Chart) func(kubeconfig []byte) (scextension.Releases, error) {
 	return func(kubeconfig []byte) (scextension.Releases, error) {
-		c, err := helm.New(kubeconfig, scextension.Namespace, log)
+		c, err := helm.New(kubeconfig, namespace, o.log)
 		if err != nil {
 			return nil, err
 		}
-		c.Runner = runner
+		c.Runner = o.runner
 		return releases{c, chart}, nil
-	}, nil
+	}
 }
 
 // Install implements scextension.Releases. A release that is as it shall be is left
@@ -53,6 +75,9 @@ func (r releases) Install(ctx context.Context, name string, values map[string]an
 
 // sameValues compares values as they are stored.
 func sameValues(stored, wanted map[string]any) bool {
+	if len(stored) == 0 && len(wanted) == 0 {
+		return true
+	}
 	var a, b any
 	for from, to := range map[*map[string]any]*any{&stored: &a, &wanted: &b} {
 		text, err := json.Marshal(*from)

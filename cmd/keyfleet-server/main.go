@@ -65,7 +65,7 @@ func report(err error) {
 // settings are the flags of the server.
 type settings struct {
 	dataDir, listen, domain, packages, agent string
-	connector, image                         string
+	connector, image, addonChart             string
 	manager                                  bool
 	logLevel, logFormat                      string
 	aliases, etcd                            []string
@@ -98,6 +98,7 @@ func command() *cobra.Command {
 	l.BoolVar(&f.manager, "manager", true, "look after registered clusters with a child process; false: run \"keyfleet-connector manager\" yourself")
 	l.StringVar(&f.connector, "connector", "", "keyfleet-connector program of that child; empty: beside this program")
 	l.StringVar(&f.image, "connector-image", "", "image of keyfleet-connector that the extension runs in clusters; without it the child installs no extension")
+	l.StringVar(&f.addonChart, "connector-addon-chart", "", "chart of the Secrets Store CSI driver, a folder or an archive, that the child installs where a connection needs the driver; without it the child does not install it")
 	l.BoolVar(&f.dev, "dev", false, "for trying out: policy time may be moved, local nodes end with the server")
 	_ = cmd.MarkPersistentFlagRequired("data-dir")
 	cmd.AddCommand(maintenanceCommands(&f)...)
@@ -122,7 +123,7 @@ func (f *settings) run(ctx context.Context) error {
 	if cfg.EtcdTLS, err = f.etcdTLS(); err != nil {
 		return err
 	}
-	for flag, path := range map[*string]string{&cfg.PackageDir: f.packages, &cfg.AgentPath: f.agent, &cfg.ConnectorPath: f.connector} {
+	for flag, path := range map[*string]string{&cfg.PackageDir: f.packages, &cfg.AgentPath: f.agent, &cfg.ConnectorPath: f.connector, &cfg.AddonChart: f.addonChart} {
 		if path != "" {
 			if *flag, err = filepath.Abs(path); err != nil {
 				return err

@@ -28,6 +28,9 @@ var statusOf = map[fault.Kind]int{
 	fault.Timeout:         http.StatusGatewayTimeout,
 }
 
+// StatusOf is the HTTP status of a kind of failure.
+func StatusOf(k fault.Kind) int { return statusOf[k] }
+
 // codeOf is the code of an error that has none of its own, by surface.
 var codeOf = map[Surface]map[fault.Kind]string{
 	ARM: {

@@ -81,7 +81,7 @@ directory; "keyfleet doctor" says whether everything is in order.`,
 	t.completeFlags(root)
 	root.AddCommand(
 		t.loginCommand(), t.logoutCommand(), t.contextCommand(),
-		t.subscriptionCommand(), t.groupCommand(), t.roleCommand(), t.applicationCommand(), t.identityCommand(),
+		t.subscriptionCommand(), t.groupCommand(), t.providerCommand(), t.roleCommand(), t.applicationCommand(), t.identityCommand(),
 		t.clusterCommand(), t.serverCommand(), t.connectionCommand(), t.vaultCommand(), t.secretCommand(), t.certificateCommand(),
 		t.accountCommand(), t.poolCommand(), t.nodeCommand(), t.extensionCommand(), t.hostCommand(),
 		t.hostsCommand(), t.devCommand(), t.auditCommand(), t.doctorCommand(), t.versionCommand(), t.docsCommand(), t.rotateCertsCommand(),

@@ -175,7 +175,7 @@ func TestDocumentedCommandsExist(t *testing.T) {
 
 // typedCommand finds commands in messages: from the program's name and a known
 // noun to the end of the command.
-var typedCommand = regexp.MustCompile(`keyfleet (?:account|application|audit|certificate|cluster|connection|context|dev|doctor|extension|group|host|hosts|identity|login|logout|node|pool|role|secret|server|subscription|vault|version|%s)\b[^,;"()` + "`" + `]*`)
+var typedCommand = regexp.MustCompile(`keyfleet (?:account|application|audit|certificate|cluster|connection|context|dev|doctor|extension|group|host|hosts|identity|login|logout|node|pool|provider|role|secret|server|subscription|vault|version|%s)\b[^,;"()` + "`" + `]*`)
 
 var hole = regexp.MustCompile(`%[a-z]`)
 

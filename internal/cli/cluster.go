@@ -48,6 +48,7 @@ func (t *tool) clusterView() view[object] {
 		field("Issuer", "properties.oidcIssuerProfile.issuerURL"), derived("Workload identity", enabled("properties.securityProfile.workloadIdentity.enabled")),
 		derived("Key Vault add-on", enabled("properties.addonProfiles.azureKeyvaultSecretsProvider.enabled")),
 		derived("Missing permissions", func(o object) string { return strings.Join(o.strs("properties.observed.missingPermissions"), "; ") }),
+		derived("SSH access", sshCell), derived("Rotation", t.rotationCell),
 		field("Location", "location"), field("Id", "id"),
 	)...)
 }
@@ -91,19 +92,32 @@ func (t *tool) clusterCommand() *cobra.Command {
 		return t.deleteURL(ctx, t.client.ARM(o.str("id")), client.VersionClusters, true, "Cluster "+o.name(), "keyfleet cluster list")
 	})
 	del.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
-	return t.noun("cluster", "Registered Kubernetes clusters", t.clusterRegister(), list, show, t.clusterKubeconfig(), del, t.noun("manager", "Programs that look after clusters", t.managerCreate()))
+	return t.noun("cluster", "Registered Kubernetes clusters", t.clusterRegister(), list, show, t.clusterKubeconfig(), t.clusterRotate(), del, t.noun("manager", "Programs that look after clusters", t.managerCreate()))
 }
 
 func (t *tool) clusterRegister() *cobra.Command {
 	var location, file string
 	var tagFlags []string
-	c := t.verb("register NAME", "Register a cluster that exists, or give it another kubeconfig", `
+	var ssh sshFlags
+	c := t.verb("register NAME", "Register a cluster that exists, or give it another kubeconfig or SSH access", `
 keyfleet cluster register prod --group rg1 --kubeconfig kubeconfig.yaml
-kubectl config view --raw --flatten --minify | keyfleet cluster register prod --group rg1 --kubeconfig -`, cobra.ExactArgs(1),
+kubectl config view --raw --flatten --minify | keyfleet cluster register prod --group rg1 --kubeconfig -
+keyfleet cluster register prod --group rg1 --ssh-host cp1.example.org --ssh-user ops --ssh-key-file key --ssh-known-hosts-file known_hosts`, cobra.ExactArgs(1),
 		func(ctx context.Context, args []string) error {
-			text, err := t.readBody(file)
+			properties := map[string]any{}
+			if file != "" {
+				text, err := t.readBody(file)
+				if err != nil {
+					return err
+				}
+				properties["kubeconfig"] = string(text)
+			}
+			access, err := t.access(ssh)
 			if err != nil {
 				return err
+			}
+			if access != nil {
+				properties["ssh"] = access
 			}
 			u, loc, err := t.newResource(ctx, location, containerService, managedClusters, args[0])
 			if err != nil {
@@ -113,17 +127,28 @@ kubectl config view --raw --flatten --minify | keyfleet cluster register prod --
 			if err != nil {
 				return err
 			}
-			body := map[string]any{"location": loc, "tags": tags, "properties": map[string]string{"kubeconfig": string(text)}}
+			body := map[string]any{"location": loc, "tags": tags, "properties": properties}
+			if file == "" { // it is there already, and stays as it is but for the SSH access
+				was, err := t.call(ctx, request(http.MethodGet, u, client.VersionClusters, nil))
+				if err != nil {
+					return err
+				}
+				body["location"] = was.at("location")
+				if len(tagFlags) == 0 {
+					body["tags"] = was.at("tags")
+				}
+			}
 			o, err := t.call(ctx, request(http.MethodPut, u, client.VersionClusters, body))
 			if err != nil {
 				return err
 			}
 			return changed(t, o, t.clusterView(), "Cluster %s is registered; it is %s.", args[0], o.str("properties.provisioningState"))
 		})
-	c.Flags().StringVar(&file, "kubeconfig", "", "kubeconfig whose current context is the cluster, with everything inside; - is standard input (required)")
+	c.Flags().StringVar(&file, "kubeconfig", "", "kubeconfig whose current context is the cluster, with everything inside; - is standard input")
+	ssh.declare(c.Flags())
 	c.Flags().StringVarP(&location, "location", "l", "", "location (default: the group's)")
 	c.Flags().StringArrayVar(&tagFlags, "tag", nil, "NAME=VALUE; may be repeated")
-	_ = c.MarkFlagRequired("kubeconfig")
+	c.MarkFlagsOneRequired("kubeconfig", "ssh-host")
 	return c
 }
 

@@ -155,7 +155,7 @@ func (t *tool) connectionCommand() *cobra.Command {
 			return many(t, o.objects("configurations"), objectView(
 				field("Name", "name"), field("Value", "value"), field("Type", "configType"), field("Description", "description")))
 		})
-	of := []*cobra.Command{list, show, t.connectionDelete(l), t.connectionRotate(l), t.connectionValidate(l), configuration}
+	of := []*cobra.Command{list, show, t.connectionDelete(l), t.connectionRotate(l), t.connectionValidate(l), t.connectionDiagnose(l), configuration}
 	for _, verb := range of {
 		verb.Flags().StringVar(&l.cluster, "cluster", "", "name or resource id of the cluster (required)")
 		_ = verb.MarkFlagRequired("cluster")
@@ -230,6 +230,9 @@ func (t *tool) connectionDelete(l *clusterConnections) *cobra.Command {
 		for _, r := range o.strs("properties.removed") {
 			told = append(told, "  removed  "+r)
 		}
+		for _, k := range o.strs("properties.kept") {
+			told = append(told, "  kept     "+k)
+		}
 		return changed(t, o, objectView(field("Name", "name"), field("State", "status")), "%s", lines(told...))
 	})
 	c.Flags().BoolVar(&keep, "keep", false, "leave the objects in the cluster")
@@ -269,8 +272,9 @@ type connectionFlags struct {
 	targetID, server, database             string
 	namespace, clientType, vault, identity string
 	busy                                   string
+	dryRun                                 bool
 	words                                  wordFlags
-	secret, principal, keys, values        *words
+	secret, principal, keys, values, csi   *words
 }
 
 func (t *tool) connectionCreate() *cobra.Command {
@@ -279,6 +283,7 @@ func (t *tool) connectionCreate() *cobra.Command {
 keyfleet connection create postgres-flexible -n shop-db --cluster prod --server db1 --database shop --kube-namespace shop --client-type python
 keyfleet connection create redis -n cache --cluster prod --server cache --secret
 keyfleet connection create keyvault -n certs --cluster prod --target-id ID --workload-identity shop
+keyfleet connection create keyvault -n files --cluster prod --target-id ID --enable-csi DB_PASSWORD=db-password tls.pem=web
 keyfleet connection create sql -n old-db --cluster prod --target-id ID --secret name=app secret-file=pw.txt
 keyfleet connection create storage-blob -n files --cluster prod --target-id ID --service-principal client-id=ID secret-file=- --customized-keys AZURE_STORAGEBLOB_CLIENTID=CLIENT`,
 		cobra.ArbitraryArgs, nil)
@@ -311,16 +316,27 @@ func (f *connectionFlags) declare(c *cobra.Command) {
 	fs.StringVar(&f.vault, "vault-id", "", "resource id of the vault for the credential (default: that of the cluster's connections)")
 	fs.StringVar(&f.identity, "workload-identity", "", "name or resource id of the managed identity that the workloads act as")
 	fs.StringVar(&f.busy, "if-busy", "wait", "what to do while the cluster is being changed: wait or fail")
+	fs.BoolVar(&f.dryRun, "dry-run", false, "only say what would be made and what is missing")
 	f.secret = f.words.add("secret", "a login by secret: name=USER with secret-file=FILE, secret=S, secret-uri=URL or secret-name=N; nothing: Keyfleet makes it")
 	f.principal = f.words.add("service-principal", "client-id=ID [object-id=ID] with secret-file=FILE or secret=S")
 	f.keys = f.words.add("customized-keys", "NAME=YOURS: variables that get another name")
 	f.values = f.words.add("value", "NAME=VALUE: what the target is described by, where its id does not say it; no secrets")
+	f.csi = f.words.add("enable-csi", "keyvault: by the Secrets Store CSI driver; KEY=OBJECT: a secret or certificate of the vault, and its key in the Secret; needs no other authentication")
 	_ = c.MarkFlagRequired("connection")
 	c.MarkFlagsOneRequired("cluster", "source-id")
 	c.MarkFlagsMutuallyExclusive("cluster", "source-id")
 	c.MarkFlagsOneRequired("target-id", "server", "value")
 	c.MarkFlagsMutuallyExclusive("target-id", "server")
 	c.MarkFlagsMutuallyExclusive("secret", "service-principal", "workload-identity")
+	c.MarkFlagsMutuallyExclusive("secret", "service-principal", "enable-csi")
+}
+
+// query is what a request says beside its body.
+func (f *connectionFlags) query() url.Values {
+	if f.busy == "fail" {
+		return url.Values{"ifBusy": {"fail"}}
+	}
+	return nil
 }
 
 func (t *tool) createConnection(ctx context.Context, f *connectionFlags, args []string, wait bool) error {
@@ -335,14 +351,15 @@ func (t *tool) createConnection(ctx context.Context, f *connectionFlags, args []
 	if err != nil {
 		return err
 	}
+	if f.dryRun {
+		return t.planConnection(ctx, f, l)
+	}
 	u, err := t.connectionURL(ctx, orElse(f.source, f.cluster), f.name)
 	if err != nil {
 		return err
 	}
 	req := request(http.MethodPut, u, versionLinkers, l)
-	if f.busy == "fail" {
-		req.Query = url.Values{"ifBusy": {"fail"}}
-	}
+	req.Query = f.query()
 	o, resp, err := t.callFull(ctx, req)
 	if err != nil {
 		return err
@@ -364,7 +381,16 @@ func (t *tool) createConnection(ctx context.Context, f *connectionFlags, args []
 	if err := t.done("Connection %s is there; it is %s.", f.name, o.str("properties.provisioningState")); err != nil {
 		return err
 	}
-	return writeOne(t.out, o, append(connectionObjects(), field("Namespace", "properties.scope"), derived("In a container", envFrom)))
+	return writeOne(t.out, o, append(connectionObjects(), field("Namespace", "properties.scope"), derived("In a container", envFrom), derived("In its pod", csiVolume)))
+}
+
+// csiVolume is the part of a pod's specification by which the CSI driver makes the Secret.
+func csiVolume(o object) string {
+	class := o.str("properties.kubernetesResourceName.secretProviderClass")
+	if class == "" {
+		return ""
+	}
+	return "volumes:\n- name: vault\n  csi: {driver: secrets-store.csi.k8s.io, readOnly: true, volumeAttributes: {secretProviderClass: " + class + "}}"
 }
 
 // envFrom is the part of a container's specification that hands it the variables.
@@ -427,7 +453,24 @@ func (t *tool) targetService(ctx context.Context, f *connectionFlags, target str
 	if s.ID != "" {
 		s.Type = "AzureResource"
 	}
-	return s, nil
+	if f.csi.given {
+		s.ResourceProperties, err = f.csiDriver(target)
+	}
+	return s, err
+}
+
+// csiDriver is what --enable-csi asks for.
+func (f *connectionFlags) csiDriver(target string) (*servicelinker.ResourceProperties, error) {
+	if !strings.EqualFold(target, "keyvault") {
+		return nil, usagef("--enable-csi is for the target keyvault, not for %s", target).withFix("leave it out")
+	}
+	p := &servicelinker.ResourceProperties{Type: "KeyVault", ConnectAsKubernetesCSIDriver: true}
+	if len(f.csi.list) == 0 {
+		return p, nil
+	}
+	var err error
+	p.Objects, err = f.csi.fields()
+	return p, err
 }
 
 func (t *tool) authInfo(ctx context.Context, f *connectionFlags, target string) (servicelinker.AuthInfo, error) {
@@ -442,6 +485,8 @@ func (t *tool) authInfo(ctx context.Context, f *connectionFlags, target string) 
 			id = o.str("id")
 		}
 		return servicelinker.AuthInfo{AuthType: "userAssignedIdentity", Identity: id}, nil
+	case f.csi.given:
+		return servicelinker.AuthInfo{AuthType: "userAssignedIdentity"}, nil
 	case f.principal.given:
 		return t.principalInfo(f)
 	}

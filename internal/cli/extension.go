@@ -44,10 +44,16 @@ func substatusLines(o object) string {
 }
 
 func (t *tool) extensionCommand() *cobra.Command {
-	list := t.verb("list POOL NODE", "List the extensions of a node with their state", "keyfleet extension list sim 000001", cobra.ExactArgs(2), nil)
+	x := &clusterExtensions{t: t}
+	list := x.flag(t.verb("list POOL NODE", "List the extensions of a node, or of a cluster, with their state", `
+keyfleet extension list sim 000001
+keyfleet extension list --cluster prod`, x.args(2), nil), false)
 	account := accountFlag(list)
 	list.RunE = func(cmd *cobra.Command, args []string) error {
 		ctx := cmd.Context()
+		if x.cluster != "" {
+			return x.list(ctx)
+		}
 		u, err := t.nodeURL(ctx, *account, args)
 		if err != nil {
 			return err
@@ -58,10 +64,15 @@ func (t *tool) extensionCommand() *cobra.Command {
 		}
 		return many(t, all, t.extensionView())
 	}
-	show := t.verb("show POOL NODE NAME", "Show an extension of a node: its instance view and settings", "keyfleet extension show sim 000001 KVExtensions -o json", cobra.ExactArgs(3), nil)
+	show := x.flag(t.verb("show [POOL NODE] NAME", "Show an extension of a node or of a cluster: how it stands, and its settings", `
+keyfleet extension show sim 000001 KVExtensions -o json
+keyfleet extension show sc-extension --cluster prod -o json`, x.args(3), nil), false)
 	showAccount := accountFlag(show)
 	show.RunE = func(cmd *cobra.Command, args []string) error {
 		ctx := cmd.Context()
+		if x.cluster != "" {
+			return x.show(ctx, args[0])
+		}
 		u, err := t.nodeURL(ctx, *showAccount, args[:2])
 		if err != nil {
 			return err
@@ -74,7 +85,7 @@ func (t *tool) extensionCommand() *cobra.Command {
 	}
 	list.ValidArgsFunction, show.ValidArgsFunction = t.completeNodes, t.completeNodes
 	types := t.noun("type", "Extension types that pools may name", t.extensionTypes(), t.extensionTypeAdd(), t.extensionTypeRemove())
-	return t.noun("extension", "Extensions on nodes, and the types there are", list, show, types)
+	return t.noun("extension", "Extensions on nodes and in clusters, and the types there are", list, show, x.update(), x.remove(), types)
 }
 
 func (t *tool) extensionTypeView() view[object] {

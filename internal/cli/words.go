@@ -62,7 +62,7 @@ func (f *wordFlags) sort(args []string) (target string, err error) {
 			f.order[owner].list = append(f.order[owner].list, arg)
 		case strings.Contains(arg, "="):
 			name, _, _ := strings.Cut(arg, "=") // what follows may be a secret
-			return "", usagef("the word %s= stands after no flag that takes it", name).withFix("put it after --secret, --service-principal, --customized-keys or --value")
+			return "", usagef("the word %s= stands after no flag that takes it", name).withFix("put it after --secret, --service-principal, --enable-csi, --customized-keys or --value")
 		case target != "":
 			return "", usagef("there are words beside the target %s", target). // not said: one may be a secret
 												withFix("give one target; words after a flag have the form NAME=VALUE")

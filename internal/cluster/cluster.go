@@ -41,7 +41,8 @@ type Cluster struct {
 	ID       string            `json:"id"` // ARM id, the creator's casing
 	Location string            `json:"location"`
 	Tags     map[string]string `json:"tags,omitempty"`
-	Server   string            `json:"server"` // URL of the API server
+	Server   string            `json:"server"`        // URL of the API server
+	SSH      string            `json:"ssh,omitempty"` // user@host of the SSH access; empty: not configured
 }
 
 // Object is a stored cluster.
@@ -63,6 +64,7 @@ const (
 	actionWrite      = Type + "/write"
 	actionDelete     = Type + "/delete"
 	actionCredential = Type + "/listClusterUserCredential/action"
+	actionRotate     = Type + "/rotateClusterCertificates/action"
 	actionManage     = "Keyfleet/clusters/manage/action" // of managers: fetch kubeconfigs, report
 )
 
@@ -74,7 +76,9 @@ type Config struct {
 	Gate  *access.Gate // required
 	// Place fails unless a cluster can be made in the group now. Nil: not checked.
 	Place func(tx *store.Tx, subscription, group string) error
-	Now   func() time.Time // nil: time.Now
+	// CanRotate fails, with the way to mend it, unless certificates can be rotated from here. Nil: they cannot.
+	CanRotate func() error
+	Now       func() time.Time // nil: time.Now
 }
 
 // Service has the operations. Make it with [New].
@@ -94,6 +98,7 @@ type Registration struct {
 	Location   string
 	Tags       map[string]string
 	Kubeconfig []byte // empty: as it is; a new cluster needs one
+	SSH        *SSH   // nil: as it is
 }
 
 // Register registers a cluster, or changes its kubeconfig and tags. A kubeconfig
@@ -129,6 +134,9 @@ func (s *Service) Register(ctx context.Context, want Registration) (out *Object,
 					At(atKubeconfig).WithFix("keyfleet cluster register %s --kubeconfig FILE", id.Name())
 			}
 			out = &Object{Meta: store.Meta{ID: id.StoreKey()}, Spec: Cluster{ID: id.String(), Location: want.Location, Tags: want.Tags, Server: kubeconfig.Server}}
+			if err := keepSSH(tx, out, want.SSH); err != nil {
+				return err
+			}
 			if err := Clusters.Insert(tx, out); err != nil {
 				return err
 			}
@@ -145,6 +153,9 @@ func (s *Service) change(tx *store.Tx, o *Object, want Registration, kubeconfig 
 			"The resource '%s' already exists in location '%s'. A resource with the same name cannot be created in location '%s'.", o.Spec.ID, o.Spec.Location, want.Location).At("location")
 	}
 	o.Spec.Tags = want.Tags
+	if err := keepSSH(tx, o, want.SSH); err != nil {
+		return err
+	}
 	if kubeconfig.Server != "" {
 		l, err := logins.Get(tx, o.ID)
 		if err != nil {
@@ -211,7 +222,7 @@ func (s *Service) Tag(ctx context.Context, resourceID string, tags map[string]st
 }
 
 // Delete forgets a cluster; nothing on the cluster is touched. It reports whether
-// there was one.
+// there was one. While its certificates are rotated it is refused.
 func (s *Service) Delete(ctx context.Context, resourceID string) (existed bool, err error) {
 	id, err := parseID(resourceID)
 	if err != nil {
@@ -220,6 +231,9 @@ func (s *Service) Delete(ctx context.Context, resourceID string) (existed bool, 
 	err = s.cfg.Gate.Change(ctx, s.cfg.Store, access.Op{Action: actionDelete, Resource: id.String()}, func(tx *store.Tx) error {
 		o, err := Clusters.Lookup(tx, id.StoreKey())
 		if existed = o != nil; err != nil || o == nil {
+			return err
+		}
+		if err := forgetRotations(tx, o); err != nil {
 			return err
 		}
 		if err := logins.Delete(tx, o.ID); err != nil {

@@ -28,11 +28,11 @@ type Observation struct {
 type View struct {
 	Version   string          `json:"version,omitempty"` // of the API server, "v1.36.3"
 	Nodes     int             `json:"nodes"`
-	Ready     int             `json:"ready"`             // of Nodes
-	Issuer    string          `json:"issuer,omitempty"`  // of service account tokens
-	KeySet    json.RawMessage `json:"keySet,omitempty"`  // its public keys (RFC 7517)
-	Webhook   bool            `json:"webhook,omitempty"` // pods get the tokens and variables of workload identity
-	CSIDriver bool            `json:"csiDriver,omitempty"`
+	Ready     int             `json:"ready"`               // of Nodes
+	Issuer    string          `json:"issuer,omitempty"`    // of service account tokens
+	KeySet    json.RawMessage `json:"keySet,omitempty"`    // its public keys (RFC 7517)
+	Webhook   bool            `json:"webhook,omitempty"`   // pods get the tokens and variables of workload identity
+	CSIDriver bool            `json:"csiDriver,omitempty"` // the Secrets Store CSI driver and its kind are there
 	// Missing are permissions that the kubeconfig does not give, with what is
 	// therefore not known.
 	Missing []string `json:"missing,omitempty"`

@@ -37,6 +37,8 @@ type TargetService struct {
 	Word   string            `json:"word"`             // of the catalogue
 	ID     string            `json:"id,omitempty"`     // ARM id; empty: Values say it all
 	Values map[string]string `json:"values,omitempty"` // as given, over what the id and its server say
+	// Objects are what the CSI driver brings: key of its Secret -> secret or certificate of the vault.
+	Objects map[string]string `json:"objects,omitempty"`
 }
 
 // Authentication is how the workload proves itself.
@@ -141,12 +143,11 @@ func key(cluster arm.ID, name string) string { return strings.ToLower(cluster.St
 
 // parseLinker splits the resource id of a connection.
 func parseLinker(s string) (cluster arm.ID, name string, err error) {
-	i := strings.LastIndex(strings.ToLower(s), "/providers/microsoft.servicelinker/linkers/")
-	if i > 0 {
-		name = s[i+len("/providers/microsoft.servicelinker/linkers/"):]
-		cluster, err = arm.ParseID(s[:i])
+	on, name, ok := cutType(s, Type)
+	if ok {
+		cluster, err = arm.ParseID(on)
 	}
-	if i <= 0 || err != nil || !cluster.Is(wire.Type) || name == "" || strings.Contains(name, "/") {
+	if !ok || err != nil || !cluster.Is(wire.Type) || name == "" {
 		return cluster, "", fault.New(fault.Invalid, "LinkedInvalidPropertyId", "'%.300s' is not the resource id of a connection.", s).
 			WithFix("CLUSTER/providers/%s/NAME, with the resource id of a cluster", Type)
 	}
@@ -154,37 +155,51 @@ func parseLinker(s string) (cluster arm.ID, name string, err error) {
 	return cluster, name, nil
 }
 
-// check looks at everything about a new connection that does not need the world.
-func (c *Connection) check(catalogue Catalogue) error {
-	if err := CheckName(c.Name()); err != nil {
-		return err
+// cutType splits RESOURCE/providers/TYPE/NAME, the type in any casing.
+func cutType(s, typ string) (resource, name string, ok bool) {
+	i, suffix := max(0, strings.LastIndexByte(s, '/')), "/providers/"+typ
+	n := i - len(suffix)
+	if n <= 0 || !strings.EqualFold(s[n:i], suffix) {
+		return "", "", false
 	}
-	c.Namespace, c.Client = cmp.Or(c.Namespace, "default"), cmp.Or(c.Client, "none")
-	if err := CheckNamespace(c.Namespace); err != nil {
-		return err
-	}
+	return s[:n], s[i+1:], true
+}
+
+// checkPlace looks at where a connection shall be, and fills in the default.
+func (c *Connection) checkPlace() []error {
+	c.Namespace = cmp.Or(c.Namespace, "default")
+	return refusals(CheckName(c.Name()), CheckNamespace(c.Namespace))
+}
+
+// check looks at everything about what a connection is that does not need the
+// world, and fills in defaults. It returns all that is wrong.
+func (c *Connection) check(catalogue Catalogue) (wrong []error) {
+	c.Client = cmp.Or(c.Client, "none")
 	t, err := catalogue.Target(c.Target.Word)
 	if err != nil {
-		return err
+		return []error{err}
+	}
+	c.Target.Word = t.Word
+	for _, name := range slices.Sorted(maps.Keys(c.Target.Values)) {
+		at := "properties.targetService.values." + name
+		if slices.Contains(t.Secrets, name) {
+			wrong = append(wrong, fault.New(fault.Invalid, "InvalidArgument", "The value %s is a credential and has its place in authInfo.", name).At(at))
+		} else if _, known := t.Values[name]; !known {
+			wrong = append(wrong, fault.New(fault.Invalid, "InvalidArgument", "The target %s has no value %.60s; it has %s.", t.Word, name, strings.Join(slices.Sorted(maps.Keys(t.Values)), ", ")).At(at))
+		}
 	}
 	auth, err := t.auth(c.Auth.Type)
 	if err != nil {
-		return err
+		return append(wrong, err)
 	}
-	c.Target.Word, c.Auth.Type = t.Word, auth.Type
-	if _, err := auth.clients(t.Word, c.Client); err != nil {
-		return err
-	}
-	for _, name := range slices.Sorted(maps.Keys(c.Target.Values)) {
-		if slices.Contains(t.Secrets, name) {
-			return fault.New(fault.Invalid, "InvalidArgument", "The value %s is a credential and has its place in authInfo.", name).At("properties.targetService.values." + name)
-		}
-		if _, known := t.Values[name]; !known {
-			return fault.New(fault.Invalid, "InvalidArgument", "The target %s has no value %.60s; it has %s.", t.Word, name, strings.Join(slices.Sorted(maps.Keys(t.Values)), ", ")).
-				At("properties.targetService.values." + name)
-		}
-	}
-	return c.Auth.check(t)
+	c.Auth.Type = auth.Type
+	_, err = auth.clients(t.Word, c.Client)
+	return append(wrong, refusals(err, c.Auth.check(t), c.checkObjects())...)
+}
+
+// refusals are the errors that are some.
+func refusals(all ...error) []error {
+	return slices.DeleteFunc(all, func(err error) bool { return err == nil })
 }
 
 // check looks whether all is there that the type of authentication needs.
@@ -205,23 +220,24 @@ func (a Authentication) check(t Target) error {
 			return err
 		}
 		return needs(a.Given != nil, "secret", "the client secret")
-	case CSIAddOn:
-		return fault.New(fault.Invalid, "AddonNotInstalled", "Connections through the add-on azureKeyvaultSecretsProvider are not offered yet.").
-			At("properties.targetService.resourceProperties").WithFix("connect with a workload identity: --workload-identity ID")
 	case WorkloadIdentity:
 		return needs(a.Identity != "" || a.ClientID != "", "clientId", "a user-assigned managed identity of this tenant")
 	}
 	return nil
 }
 
-// Objects are the names of what a connection makes in its namespace.
-type Objects struct{ Secret, ServiceAccount string }
+// Objects are the names of what a connection makes in its namespace. With a
+// ProviderClass the Secret is the CSI driver's.
+type Objects struct{ Secret, ServiceAccount, ProviderClass string }
 
 // Objects returns the names of what the connection makes.
 func (c Connection) Objects() Objects {
 	o := Objects{Secret: SecretName(c.Name())}
-	if c.Auth.Type == WorkloadIdentity {
+	if c.Auth.actsAs() {
 		o.ServiceAccount = AccountName(c.Auth.ClientID)
+	}
+	if c.mounted() {
+		o.ProviderClass = ProviderClassName(c.Name())
 	}
 	return o
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,7 +24,7 @@ const patience = 2 * time.Minute
 func (s *Service) Controller(m *reconcile.Metrics) reconcile.Runnable {
 	return reconcile.Controller[Connection, Status]{
 		Name: controllerName, Objects: Connections, Reconciler: controller{s}, Workers: 8, Deadline: 3 * time.Minute,
-		Also: []reconcile.Trigger{reported}, Metrics: m, Log: s.cfg.Log,
+		Also: []reconcile.Trigger{reported, addonReported}, Metrics: m, Log: s.cfg.Log,
 	}
 }
 
@@ -165,6 +166,9 @@ func (c controller) advance(ctx context.Context, st *store.Store, o *Object) err
 		return err
 	}
 	o.Status.Desired = d.Revision
+	if err := c.addon(ctx, o, cluster, state); err != nil {
+		return err
+	}
 	report, err := c.delivered(ctx, o, d, state)
 	if err != nil {
 		return err
@@ -217,8 +221,7 @@ func (c controller) delivered(ctx context.Context, o *Object, d wire.Desired, st
 		return wire.Applied{}, &problemError{*report.Spec.Problem}
 	case report == nil || report.Spec.Applied == nil || report.Spec.Applied.Revision != d.Revision:
 		if state.State != "Succeeded" {
-			return wire.Applied{}, fault.New(fault.Unavailable, "ClusterNotReady", "The cluster is %s: %s.", state.State, state.Reason).At(state.ID).
-				WithFix("keyfleet cluster show %s", o.Spec.Cluster[strings.LastIndexByte(o.Spec.Cluster, '/')+1:])
+			return wire.Applied{}, notReady(o, state)
 		}
 		return wire.Applied{}, c.undelivered(ctx, o)
 	}
@@ -226,16 +229,26 @@ func (c controller) delivered(ctx context.Context, o *Object, d wire.Desired, st
 	if a.Problem != nil {
 		return a, &problemError{*a.Problem}
 	}
-	if d.Secret != nil {
-		hash, there := wire.SecretHash(d.Secret.Data), false
-		for _, obj := range a.Objects {
-			there = there || obj.Kind == "Secret" && obj.Name == d.Secret.Name && obj.Hash == hash
+	there := func(kind, name, hash string) bool {
+		return slices.ContainsFunc(a.Objects, func(o wire.AppliedObject) bool { return o.Kind == kind && o.Name == name && o.Hash == hash })
+	}
+	if d.Secret != nil && !there("Secret", d.Secret.Name, wire.SecretHash(d.Secret.Data)) {
+		return a, waiting{"the Secret in the cluster to be as it shall be", 10 * time.Second}
+	}
+	if d.ProviderClass != nil {
+		hash, err := d.ProviderClass.Hash()
+		if err == nil && !there("SecretProviderClass", d.ProviderClass.Name, hash) {
+			err = waiting{"the SecretProviderClass in the cluster to be as it shall be", 10 * time.Second}
 		}
-		if !there {
-			return a, waiting{"the Secret in the cluster to be as it shall be", 10 * time.Second}
-		}
+		return a, err
 	}
 	return a, nil
+}
+
+// notReady says that a cluster does not answer.
+func notReady(o *Object, state ClusterState) error {
+	return fault.New(fault.Unavailable, "ClusterNotReady", "The cluster is %s: %s.", state.State, state.Reason).At(state.ID).
+		WithFix("keyfleet cluster show %s", o.Spec.Cluster[strings.LastIndexByte(o.Spec.Cluster, '/')+1:])
 }
 
 // installPatience is how long a connection waits although the extension has a

@@ -55,8 +55,12 @@ func (s *Service) values(ctx context.Context, c Connection, login Login) ([]Vari
 			}
 		}
 	}
-	values["clientId"], values["tenantId"], values["principalId"] = c.Auth.ClientID, c.Auth.TenantID, c.Auth.ObjectID
-	return s.cfg.Catalogue.Variables(Request{Target: c.Target.Word, Auth: c.Auth.Type, Client: c.Client, Values: values, Rename: c.Keys})
+	values["clientId"], values["tenantId"], values["principalId"], values["targetId"] = c.Auth.ClientID, c.Auth.TenantID, c.Auth.ObjectID, c.Target.ID
+	all, err := s.cfg.Catalogue.Variables(Request{Target: c.Target.Word, Auth: c.Auth.Type, Client: c.Client, Values: values, Rename: c.Keys})
+	if err == nil && c.mounted() {
+		return c.mountedKeys(), nil
+	}
+	return all, err
 }
 
 // login is what is to be delivered: it reads the credential from the vault as the
@@ -86,7 +90,12 @@ func (s *Service) desiredWith(ctx context.Context, c Connection, login Login) (w
 	}
 	names := c.Objects()
 	d := wire.Desired{ID: c.ID, Name: c.Name(), Namespace: c.Namespace}
-	if names.Secret != "" {
+	if names.ProviderClass != "" {
+		_, ours := s.cfg.Vaults.Endpoint(ctx, c.Target.ID)
+		if d.ProviderClass, err = c.class(c.vault(), ours); err != nil {
+			return d, err
+		}
+	} else {
 		d.Secret = &wire.SecretObject{Name: names.Secret, Data: map[string]string{}}
 		for _, v := range env {
 			d.Secret.Data[v.Name] = v.Value

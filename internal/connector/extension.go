@@ -117,9 +117,13 @@ func wantExtension(tx *store.Tx, cluster arm.ID) error {
 	case o == nil:
 		return Extensions.Insert(tx, newExtension(cluster, Extension{ID: extensionID(cluster), Cluster: cluster.String(), Train: "prod", AutoUpgrade: true}))
 	case !o.Deleting.IsZero():
-		return fault.New(fault.Conflict, "Conflict", "The extension %s of the cluster is being removed.", ExtensionName).At(o.Spec.ID).WithFix("wait until it is gone").After(10 * time.Second)
+		return extensionGoing(o)
 	}
 	return nil
+}
+
+func extensionGoing(o *ExtensionObject) error {
+	return fault.New(fault.Conflict, "Conflict", "The extension %s of the cluster is being removed.", ExtensionName).At(o.Spec.ID).WithFix("wait until it is gone").After(10 * time.Second)
 }
 
 // ExtensionOf returns an extension of a cluster.
@@ -163,7 +167,7 @@ func (s *Service) DeleteExtension(ctx context.Context, cluster arm.ID, name stri
 		if len(names) > 0 && !disconnect {
 			slices.Sort(names)
 			return fault.New(fault.Conflict, "ExtensionInUse", "Without the extension the connections %s of the cluster would end.", strings.Join(names, ", ")).
-				At(o.Spec.ID).WithFix("delete them first, or with the extension: keyfleet connection extension delete --cluster %s --disconnect", cluster.Name())
+				At(o.Spec.ID).WithFix("delete them first, or with the extension: keyfleet extension delete sc-extension --cluster %s --disconnect", cluster.Name())
 		}
 		for _, c := range all {
 			if err := Connections.Delete(tx, c.ID); err != nil {
@@ -202,6 +206,9 @@ func (s *Service) ReportExtension(ctx context.Context, cluster arm.ID, name stri
 	}
 	if err := checkReport(wire.ConnectionReport{Problem: r.Problem}); err != nil {
 		return err
+	}
+	if strings.EqualFold(name, wire.AddonRelease) {
+		return s.reportAddon(ctx, cluster, r)
 	}
 	return s.cfg.Store.Update(ctx, func(tx *store.Tx) error {
 		o, err := Extensions.Lookup(tx, key(cluster, name))

@@ -19,12 +19,11 @@ const (
 // the ServiceAccount, and may read the vault. Each is noted before it is given, so
 // that a crash leaves none that nobody takes back.
 func (c controller) grant(ctx context.Context, o *Object, cluster arm.ID, state ClusterState) error {
-	if o.Spec.Auth.Type != WorkloadIdentity {
+	if !o.Spec.Auth.actsAs() {
 		return nil
 	}
-	if state.Issuer == "" {
-		return fault.New(fault.Unavailable, "OIDCIssuerNotSeen", "The issuer of the cluster's tokens was not seen: the API server publishes none, or the kubeconfig may not read it.").
-			At(state.ID).WithFix("start kube-apiserver with --service-account-issuer=https://..., and grant what deploy/manager-role.yaml grants")
+	if err := o.Spec.trusted(state); err != nil {
+		return err
 	}
 	want, err := c.grants(ctx, o, cluster)
 	if err != nil {
@@ -46,6 +45,15 @@ func (c controller) grant(ctx context.Context, o *Object, cluster arm.ID, state 
 		}
 	}
 	return nil
+}
+
+// trusted fails where an identity would have to trust a cluster whose issuer was not seen.
+func (c Connection) trusted(state ClusterState) error {
+	if !c.Auth.actsAs() || state.Issuer != "" {
+		return nil
+	}
+	return fault.New(fault.Unavailable, "OIDCIssuerNotSeen", "The issuer of the cluster's tokens was not seen: the API server publishes none, or the kubeconfig may not read it.").
+		At(state.ID).WithFix("start kube-apiserver with --service-account-issuer=https://..., and grant what deploy/manager-role.yaml grants")
 }
 
 // grants are what the connection gives, or shares with another one that gave it. A

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"keyfleet.dev/keyfleet/internal/fault"
@@ -49,6 +50,9 @@ func (c controller) Finalize(ctx context.Context, st *store.Store, o *Object) (b
 }
 
 func (c controller) remove(ctx context.Context, st *store.Store, o *Object) error {
+	if r, err := removals.Lookup(c.cfg.Store.View(ctx), o.UID); err != nil || r != nil && !r.Spec.Ended.IsZero() {
+		return err // all was done by an attempt that ended before it could let the connection go
+	}
 	note := func(removed, kept []string) error {
 		return st.Update(ctx, func(tx *store.Tx) error {
 			r, err := removals.Lookup(tx, o.UID)
@@ -69,6 +73,9 @@ func (c controller) remove(ctx context.Context, st *store.Store, o *Object) erro
 	if err := c.leaveCluster(ctx, o, note); err != nil {
 		return err
 	}
+	if err := c.leaveAddon(ctx, o, note); err != nil {
+		return err
+	}
 	if err := c.leaveTarget(ctx, o, note); err != nil {
 		return err
 	}
@@ -86,9 +93,7 @@ func (c controller) remove(ctx context.Context, st *store.Store, o *Object) erro
 		if err != nil {
 			return err
 		}
-		if r.Spec.Ended.IsZero() {
-			r.Spec.Removed, r.Spec.Ended = with(r.Spec.Removed, revoked), c.cfg.Now().UTC()
-		}
+		r.Spec.Removed, r.Spec.Ended = with(r.Spec.Removed, revoked), c.cfg.Now().UTC()
 		return removals.Put(tx, r)
 	})
 }
@@ -107,6 +112,9 @@ func (c controller) leaveCluster(ctx context.Context, o *Object, note func(remov
 	}
 	names := o.Spec.Objects()
 	objects := []string{"Secret " + o.Spec.Namespace + "/" + names.Secret}
+	if names.ProviderClass != "" {
+		objects = []string{"SecretProviderClass " + o.Spec.Namespace + "/" + names.ProviderClass}
+	}
 	if names.ServiceAccount != "" {
 		objects = append(objects, "ServiceAccount "+o.Spec.Namespace+"/"+names.ServiceAccount)
 	}
@@ -156,6 +164,9 @@ func (c controller) leaveTarget(ctx context.Context, o *Object, note func(remove
 			if err != nil {
 				return err
 			}
+			if gone, err = c.alsoGone(ctx, o, made.Spec, gone); err != nil {
+				return err
+			}
 			for _, g := range gone {
 				removed = append(removed, g+" on "+o.Spec.Target.ID)
 			}
@@ -168,6 +179,21 @@ func (c controller) leaveTarget(ctx context.Context, o *Object, note func(remove
 		removed = append(removed, fmt.Sprintf("secret %s of %s (it can be recovered for a while)", s.Name, s.Vault))
 	}
 	return note(removed, nil)
+}
+
+// alsoGone adds the logins that an attempt removed which ended before it could say so.
+func (c controller) alsoGone(ctx context.Context, o *Object, made making, gone []string) ([]string, error) {
+	r, err := removals.Get(c.cfg.Store.View(ctx), o.UID)
+	if err != nil {
+		return nil, err
+	}
+	said := strings.Join(append(r.Spec.Removed, gone...), "\n")
+	for _, user := range []string{made.Previous.User, made.Current.User} {
+		if user != "" && !strings.Contains(said, user) {
+			gone = append(gone, "login "+user)
+		}
+	}
+	return gone, nil
 }
 
 // with adds the lines that are not there yet: a second try finds less to remove.

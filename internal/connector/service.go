@@ -21,6 +21,7 @@ const (
 	actionRotate   = Type + "/rotate/action"
 	actionValidate = Type + "/validateLinker/action"
 	actionList     = Type + "/listConfigurations/action"
+	actionGenerate = Type + "/generateConfigurations/action"
 	actionManage   = "Keyfleet/clusters/manage/action"
 )
 
@@ -33,6 +34,9 @@ type ClusterState struct {
 	// Busy says what changes the cluster at the moment, "a rotation of its certificates"; empty: nothing.
 	Busy   string
 	Issuer string // of service account tokens; empty: not seen
+	Addon  bool   // the Secrets Store CSI driver was seen
+	// Managed says that a manager looks after the cluster; its last look was not long ago.
+	Managed bool
 }
 
 // Clusters tells about registered clusters. It decides nothing about access.
@@ -45,6 +49,8 @@ type Clusters interface {
 type Vaults interface {
 	// Ensure returns the vault for the credentials of a cluster's connections, and makes it if need be.
 	Ensure(ctx context.Context, cluster arm.ID, location string) (vaultID string, err error)
+	// Default is the vault that Ensure returns, and whether it is there already.
+	Default(ctx context.Context, cluster arm.ID) (vaultID string, there bool, err error)
 	// MaySet and MayGet fail unless the caller may, now.
 	MaySet(ctx context.Context, ref SecretRef) error
 	MayGet(ctx context.Context, ref SecretRef) error
@@ -145,132 +151,42 @@ func New(cfg Config) *Service {
 // Put is what a PUT asks for.
 type Put struct {
 	Connection
-	Secret     string // the credential itself, where one was given; it goes into the vault
-	FailIfBusy bool   // refuse while something else changes the cluster, instead of waiting
+	Secret     string  // the credential itself, where one was given; it goes into the vault
+	FailIfBusy bool    // refuse while something else changes the cluster, instead of waiting
+	Of         *Object // refuse unless the connection is still this one; nil: whatever there is
 }
 
 // Put makes a connection, or changes one. The world follows later: see [Object].
+// What [Service.Plan] finds nothing missing for is accepted.
 func (s *Service) Put(ctx context.Context, want Put) (out *Object, created bool, err error) {
-	cluster, name, err := s.complete(ctx, &want.Connection)
-	if err != nil {
+	p, against := s.weigh(ctx, want)
+	if len(against) > 0 {
+		return nil, false, against[0]
+	}
+	if err := s.keepGiven(ctx, &p); err != nil {
 		return nil, false, err
 	}
-	op := access.Op{Action: actionWrite, Resource: want.ID, Detail: string(want.Auth.Type) + " to " + want.Target.Word + " " + want.Target.ID}
-	if err := s.allowed(ctx, op, want.Connection); err != nil {
-		return nil, false, err
-	}
-	state, err := s.cfg.Clusters.State(ctx, cluster)
-	if err != nil {
-		return nil, false, err
-	}
-	if want.FailIfBusy && state.Busy != "" {
-		return nil, false, busy(state)
-	}
-	old, err := Connections.Lookup(s.cfg.Store.View(ctx), key(cluster, name))
-	if err != nil {
-		return nil, false, err
-	}
-	if err := s.keepGiven(ctx, cluster, state, &want, old); err != nil {
-		return nil, false, err
-	}
+	op := access.Op{Action: actionWrite, Resource: p.ID, Detail: p.detail()}
 	err = s.cfg.Gate.Change(ctx, s.cfg.Store, op, func(tx *store.Tx) error {
-		if err := s.place(tx, cluster); err != nil {
-			return err
+		if against := s.standing(tx, p); len(against) > 0 {
+			return against[0]
 		}
-		if err := s.collides(tx, cluster, want.Connection); err != nil {
-			return err
-		}
-		if out, err = Connections.Lookup(tx, key(cluster, name)); err != nil {
+		id := key(p.cluster, p.Name())
+		if out, err = Connections.Lookup(tx, id); err != nil {
 			return err
 		}
 		if created = out == nil; created {
-			out = &Object{Meta: store.Meta{ID: key(cluster, name), Finalizers: []string{controllerName}}, Spec: want.Connection, Status: Status{State: "Accepted"}}
-			if err := wantExtension(tx, cluster); err != nil {
+			out = &Object{Meta: store.Meta{ID: id, Finalizers: []string{controllerName}}, Spec: p.Connection, Status: Status{State: "Accepted"}}
+			if err := wantExtension(tx, p.cluster); err != nil {
 				return err
 			}
 			return Connections.Insert(tx, out)
 		}
-		return s.change(tx, out, want.Connection)
+		p.ID, p.Rotations = out.Spec.ID, out.Spec.Rotations
+		out.Spec = p.Connection
+		return Connections.Put(tx, out)
 	})
 	return out, created, err
-}
-
-// complete checks a connection and fills in what follows from it.
-func (s *Service) complete(ctx context.Context, c *Connection) (cluster arm.ID, name string, err error) {
-	cluster, name, err = parseLinker(c.ID)
-	if err != nil {
-		return cluster, "", err
-	}
-	c.ID, c.Cluster = LinkerID(cluster, name), cluster.String()
-	if err := c.check(s.cfg.Catalogue); err != nil {
-		return cluster, "", err
-	}
-	switch c.Auth.Type {
-	case WorkloadIdentity:
-		i, err := s.cfg.Identities.Find(ctx, c.Auth.Identity, c.Auth.ClientID)
-		if err != nil {
-			return cluster, "", err
-		}
-		c.Auth.Identity, c.Auth.ClientID, c.Auth.TenantID, c.Auth.ObjectID = i.ID, i.ClientID, i.TenantID, i.ObjectID
-	case ServicePrincipal:
-		if c.Auth.TenantID == "" {
-			c.Auth.TenantID = s.cfg.Tenant
-		}
-	}
-	if c.Auth.Type == Secret && c.Auth.Given == nil {
-		id, ok := serverOf(c.Target.ID)
-		if !ok {
-			return cluster, "", fault.New(fault.Invalid, "InvalidArgument", "The credential can be made only on a registered server, and '%.200s' is none.", c.Target.ID).
-				At("properties.targetService.id").WithFix("give the id of a server that \"keyfleet server register\" made, or give the secret")
-		}
-		if _, err := lookupServer(s.cfg.Store.View(ctx), id); err != nil {
-			return cluster, "", err
-		}
-	}
-	_, err = s.values(ctx, *c, Login{User: "check", Password: "check"})
-	return cluster, name, err
-}
-
-// allowed decides about the connection and about all that it will do in the caller's name.
-func (s *Service) allowed(ctx context.Context, op access.Op, c Connection) error {
-	if err := s.cfg.Gate.Can(ctx, op); err != nil {
-		return s.cfg.Gate.Read(ctx, op) // records the refusal
-	}
-	if id, err := arm.ParseID(c.Target.ID); err == nil && len(id.Types) > 0 {
-		need := access.Op{Action: id.Provider + "/" + strings.Join(id.Types[:1], "/") + "/read", Resource: id.String()}
-		if c.Auth.Type == Secret && c.Auth.Given == nil {
-			need.Action = id.Provider + "/" + strings.Join(id.Types[:1], "/") + "/write" // a login is made there
-		}
-		if id.Is("Microsoft.KeyVault/vaults") && c.Auth.Type == WorkloadIdentity {
-			need.Action = "Microsoft.KeyVault/vaults/accessPolicies/write"
-		}
-		if err := s.may(ctx, need); err != nil {
-			return err
-		}
-	}
-	if c.Auth.Type == WorkloadIdentity {
-		if err := s.cfg.Identities.MayTrust(ctx, c.Auth.Identity); err != nil {
-			return err
-		}
-	}
-	if c.Vault != "" {
-		return s.cfg.Vaults.MaySet(ctx, SecretRef{Vault: c.Vault, Name: c.secretName()})
-	}
-	return nil
-}
-
-// may refuses, in the words of the documentation, what the caller may not do.
-func (s *Service) may(ctx context.Context, op access.Op) error {
-	if s.cfg.Gate.Can(ctx, op) == nil {
-		return nil
-	}
-	err := s.cfg.Gate.Read(ctx, op) // records the refusal
-	if fault.KindOf(err) != fault.Denied {
-		return err
-	}
-	who, _ := access.From(ctx)
-	return fault.New(fault.Denied, "AuthorizationFailed", "You do not have permission to perform action '%s' over scope '%s'. If access was recently granted, please refresh your credentials.", op.Action, op.Resource).
-		At(op.Resource).WithFix("keyfleet role assign --object-id %s --role Contributor --scope %s", who.Principal.ObjectID, op.Resource).Because(err)
 }
 
 func busy(c ClusterState) error {
@@ -280,86 +196,53 @@ func busy(c ClusterState) error {
 
 // keepGiven puts a credential that was given into the vault. A crash after it
 // leaves a version that nobody names.
-func (s *Service) keepGiven(ctx context.Context, cluster arm.ID, state ClusterState, want *Put, old *Object) error {
-	g := want.Auth.Given
+func (s *Service) keepGiven(ctx context.Context, p *proposal) error {
+	g := p.Auth.Given
 	switch {
-	case g == nil:
+	case g == nil || g.Name != "": // Keyfleet makes it, or it is in a vault already
 		return nil
-	case g.Name != "": // it is in a vault already
-		return s.cfg.Vaults.MayGet(ctx, *g)
-	case want.Secret == "" && old != nil && old.Spec.Auth.Given != nil:
-		want.Auth.Given = old.Spec.Auth.Given // as it was
+	case p.Secret == "":
+		p.Auth.Given = p.old.Spec.Auth.Given // as it was; weigh has seen that there is one
 		return nil
-	case want.Secret == "":
-		return fault.New(fault.Invalid, "InvalidArgument", "Authentication by %s needs the secret.", want.Auth.Type).At("properties.authInfo.secretInfo.value")
 	}
 	system := access.AsSystem(ctx, controllerName)
-	vaultID := want.Vault
+	vaultID := p.Vault
 	if vaultID == "" {
 		var err error
-		if vaultID, err = s.cfg.Vaults.Ensure(system, cluster, state.Location); err != nil {
+		if vaultID, err = s.cfg.Vaults.Ensure(system, p.cluster, p.state.Location); err != nil {
 			return err
 		}
 	}
-	ref := SecretRef{Vault: vaultID, Name: want.secretName()}
-	if old != nil && old.Spec.Auth.Given != nil && old.Spec.Auth.Given.Name == ref.Name {
-		if same, err := s.cfg.Vaults.Get(system, *old.Spec.Auth.Given); err == nil && same == want.Secret {
-			want.Auth.Given = old.Spec.Auth.Given
-			return nil
-		}
+	if s.sameGiven(ctx, *p, vaultID) {
+		p.Auth.Given = p.old.Spec.Auth.Given
+		return nil
 	}
+	ref := SecretRef{Vault: vaultID, Name: p.secretName()}
 	var err error
-	ref.Version, err = s.cfg.Vaults.Set(system, ref, want.Secret)
-	want.Auth.Given = &ref
+	ref.Version, err = s.cfg.Vaults.Set(system, ref, p.Secret)
+	p.Auth.Given = &ref
 	return err
 }
 
-func (s *Service) place(tx *store.Tx, cluster arm.ID) error {
-	if s.cfg.Place == nil {
-		return nil
+// sameGiven reports whether a credential that was given is the one that is kept already.
+func (s *Service) sameGiven(ctx context.Context, p proposal, vaultID string) bool {
+	if p.old == nil || p.old.Spec.Auth.Given == nil {
+		return false
 	}
-	for _, namespace := range []string{"Microsoft.ServiceLinker", "Microsoft.KubernetesConfiguration"} {
-		if err := s.cfg.Place(tx, cluster.Subscription, cluster.ResourceGroup, namespace); err != nil {
-			return err
-		}
+	g := *p.old.Spec.Auth.Given
+	if g.Name != p.secretName() || !strings.EqualFold(g.Vault, vaultID) {
+		return false
+	}
+	kept, err := s.cfg.Vaults.Get(system(ctx), g)
+	return err == nil && kept == p.Secret
+}
+
+// place fails unless something can be made in the cluster's group.
+func (s *Service) place(tx *store.Tx, cluster arm.ID) error {
+	if against := s.places(tx, cluster); len(against) > 0 {
+		return against[0]
 	}
 	return nil
-}
-
-// collides refuses a connection whose Secret would be that of another one.
-func (s *Service) collides(tx *store.Tx, cluster arm.ID, want Connection) error {
-	all, err := Connections.List(tx, strings.ToLower(cluster.StoreKey())+"/")
-	if err != nil {
-		return err
-	}
-	var placed []Placed
-	for _, o := range all {
-		if !strings.EqualFold(o.Spec.ID, want.ID) {
-			placed = append(placed, Placed{o.Spec.Name(), o.Spec.Namespace})
-		}
-	}
-	return CheckCollision(Placed{want.Name(), want.Namespace}, placed)
-}
-
-// change takes over what can change about a connection.
-func (s *Service) change(tx *store.Tx, o *Object, want Connection) error {
-	for _, f := range []struct{ at, old, new string }{
-		{"scope", o.Spec.Namespace, want.Namespace},
-		{"targetService", o.Spec.Target.Word, want.Target.Word},
-		{"targetService.id", strings.ToLower(o.Spec.Target.ID), strings.ToLower(want.Target.ID)},
-		{"authInfo.authType", string(o.Spec.Auth.Type), string(want.Auth.Type)},
-	} {
-		if f.old != f.new {
-			return fault.New(fault.Conflict, "PropertyChangeNotAllowed", "A connection cannot change from '%.200s' to '%.200s' here.", f.old, f.new).
-				At("properties." + f.at).WithFix("delete the connection and make it anew, or make another one beside it and delete this one afterwards")
-		}
-	}
-	if !o.Deleting.IsZero() {
-		return fault.New(fault.Conflict, "ConnectionBeingDeleted", "The connection '%s' is being deleted.", o.Spec.ID).WithFix("wait until it is gone").After(5 * time.Second)
-	}
-	want.ID, want.Rotations = o.Spec.ID, o.Spec.Rotations
-	o.Spec = want
-	return Connections.Put(tx, o)
 }
 
 // Connection returns a connection, fault.NotFound if there is none.
@@ -462,18 +345,34 @@ func (s *Service) Rotate(ctx context.Context, linkerID string) (o *Object, err e
 
 // Environment returns the variables of a connection. Credentials have no value.
 func (s *Service) Environment(ctx context.Context, linkerID string) ([]Variable, error) {
+	return s.environment(ctx, actionList, linkerID, func(*Connection) {})
+}
+
+// Generate is Environment with other names: keys maps names of the catalogue to names
+// that somebody wants; empty: as the connection has them.
+func (s *Service) Generate(ctx context.Context, linkerID string, keys map[string]string) ([]Variable, error) {
+	return s.environment(ctx, actionGenerate, linkerID, func(c *Connection) {
+		if len(keys) > 0 {
+			c.Keys = keys
+		}
+	})
+}
+
+func (s *Service) environment(ctx context.Context, action, linkerID string, change func(*Connection)) ([]Variable, error) {
 	cluster, name, err := parseLinker(linkerID)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.cfg.Gate.Read(ctx, access.Op{Action: actionList, Resource: LinkerID(cluster, name)}); err != nil {
+	if err := s.cfg.Gate.Read(ctx, access.Op{Action: action, Resource: LinkerID(cluster, name)}); err != nil {
 		return nil, err
 	}
 	o, err := lookup(s.cfg.Store.View(ctx), cluster, name)
 	if err != nil {
 		return nil, err
 	}
-	all, err := s.values(ctx, o.Spec, Login{User: o.Status.Credential.User, Password: "-"}) // something, so that nothing is missing
+	change(&o.Spec)
+	user := proposal{Put: Put{Connection: o.Spec}, old: o}.user()       // the login may not be made yet
+	all, err := s.values(ctx, o.Spec, Login{User: user, Password: "-"}) // something, so that nothing is missing
 	if err != nil {
 		return nil, err
 	}

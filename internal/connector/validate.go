@@ -85,7 +85,10 @@ func (s *Service) Validate(ctx context.Context, linkerID string) (Validation, er
 			return err
 		})
 	}
-	if o.Spec.Auth.Type == WorkloadIdentity {
+	if o.Spec.Auth.Type == CSIAddOn {
+		look("Addon", "The add-on of the cluster is validated", func() error { return s.addonFinding(ctx, o, cluster, state) })
+	}
+	if o.Spec.Auth.actsAs() {
 		look("Identity", "The identity existence is validated", func() error {
 			_, err := s.cfg.Identities.Find(ctx, o.Spec.Auth.Identity, "")
 			return err

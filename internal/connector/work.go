@@ -22,11 +22,14 @@ func (s *Service) Work(ctx context.Context) (map[string][]wire.ConnectionWork, m
 	if err != nil {
 		return nil, nil, err
 	}
-	out := map[string][]wire.ConnectionWork{}
+	out, needAddon := map[string][]wire.ConnectionWork{}, map[string]bool{}
 	for _, o := range all {
 		cluster, err := arm.ParseID(o.Spec.Cluster)
 		if err != nil {
 			return nil, nil, fmt.Errorf("reading the cluster of %s: %w", o.ID, err)
+		}
+		if o.Spec.Auth.Type == CSIAddOn && o.Deleting.IsZero() {
+			needAddon[cluster.Key()] = true
 		}
 		w := wire.ConnectionWork{ID: o.Spec.ID, Revision: o.Status.Desired}
 		switch {
@@ -40,7 +43,13 @@ func (s *Service) Work(ctx context.Context) (map[string][]wire.ConnectionWork, m
 		out[cluster.Key()] = append(out[cluster.Key()], w)
 	}
 	extensions, err := s.extensionWork(tx, out)
-	return out, extensions, err
+	if err != nil {
+		return nil, nil, err
+	}
+	for cluster := range needAddon {
+		extensions[cluster] = append(extensions[cluster], addonWork())
+	}
+	return out, extensions, nil
 }
 
 // Desired returns what a connection shall be, credentials included, to a manager.

@@ -101,6 +101,7 @@ func (w *world) State(context.Context, arm.ID) (ClusterState, error) {
 type vaultOf struct{ *world }
 
 func (v vaultOf) Ensure(context.Context, arm.ID, string) (string, error) { return testVault, nil }
+func (v vaultOf) Default(context.Context, arm.ID) (string, bool, error)  { return testVault, true, nil }
 func (v vaultOf) MaySet(context.Context, SecretRef) error                { return nil }
 func (v vaultOf) MayGet(context.Context, SecretRef) error                { return nil }
 func (v vaultOf) Endpoint(context.Context, string) (string, bool)        { return "", false }
@@ -254,15 +255,29 @@ func (w *world) turn(id string, consumers ...wire.Consumer) bool {
 			if err != nil {
 				continue // its vault failed; the next turn brings it
 			}
-			report.Applied = &wire.Applied{Revision: d.Revision, Time: w.now, Consumers: consumers, Objects: []wire.AppliedObject{
-				{Kind: "Secret", Namespace: d.Namespace, Name: d.Secret.Name, Hash: wire.SecretHash(d.Secret.Data)},
-			}}
+			report.Applied = &wire.Applied{Revision: d.Revision, Time: w.now, Consumers: consumers, Objects: applied(w.t, d)}
 		}
 		if err := w.Report(ctx, k.ID, report); err != nil {
 			w.t.Fatal(err)
 		}
 	}
 	return false
+}
+
+// applied is what an operator makes of a desired state.
+func applied(t testing.TB, d wire.Desired) (all []wire.AppliedObject) {
+	t.Helper()
+	if d.Secret != nil {
+		all = append(all, wire.AppliedObject{Kind: "Secret", Namespace: d.Namespace, Name: d.Secret.Name, Hash: wire.SecretHash(d.Secret.Data)})
+	}
+	if d.ProviderClass != nil {
+		hash, err := d.ProviderClass.Hash()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, wire.AppliedObject{Kind: "SecretProviderClass", Namespace: d.Namespace, Name: d.ProviderClass.Name, Hash: hash})
+	}
+	return all
 }
 
 func (w *world) update(fn func(*store.Tx) error) {

@@ -19,9 +19,13 @@ import (
 //	KEYFLEET_KILL_AT      "before:N", "after:N", "before:NAME" or "after:NAME" (first effect of
 //	                      that name); empty: never
 //	KEYFLEET_KILL_ONCE    file made just before dying; if it exists, the process does not die again
+//	KEYFLEET_KILL_ORDER   file that may appear at any time, with "before:NAME#K" or "after:NAME#K": the
+//	                      K-th effect of that name since then; it is renamed to FILE.done just before dying
 var state struct {
 	sync.Mutex
-	n int
+	n     int
+	order string         // that is being followed
+	since map[string]int // effects by name since it was given
 }
 
 // Do performs one outside effect, and dies before or after it if told so.
@@ -29,10 +33,7 @@ func Do(name string, fn func() error) error {
 	if only := os.Getenv("KEYFLEET_KILL_PROGRAM"); only != "" && filepath.Base(os.Args[0]) != only {
 		return fn()
 	}
-	state.Lock()
-	state.n++
-	n := state.n
-	state.Unlock()
+	n, order, named := count(name)
 	if p := os.Getenv("KEYFLEET_EFFECT_LOG"); p != "" {
 		if f, err := os.OpenFile(p, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600); err == nil {
 			fmt.Fprintf(f, "%d %s\n", n, name)
@@ -40,9 +41,38 @@ func Do(name string, fn func() error) error {
 		}
 	}
 	die("before", n, name)
+	obey("before", order, named)
 	err := fn()
 	die("after", n, name)
+	obey("after", order, named)
 	return err
+}
+
+// count counts an effect, and returns the order that is in force and what the
+// effect is called in it.
+func count(name string) (n int, order, named string) {
+	state.Lock()
+	defer state.Unlock()
+	state.n++
+	if p := os.Getenv("KEYFLEET_KILL_ORDER"); p != "" {
+		text, _ := os.ReadFile(p) // not there: no order
+		if order = string(text); order != state.order || state.since == nil {
+			state.order, state.since = order, map[string]int{}
+		}
+		state.since[name]++
+		named = name + "#" + strconv.Itoa(state.since[name])
+	}
+	return state.n, order, named
+}
+
+// obey dies if the order says so.
+func obey(when, order, named string) {
+	if order == "" || order != when+":"+named {
+		return
+	}
+	if p := os.Getenv("KEYFLEET_KILL_ORDER"); os.Rename(p, p+".done") == nil {
+		kill()
+	}
 }
 
 func die(when string, n int, name string) {
@@ -57,6 +87,10 @@ func die(when string, n int, name string) {
 		}
 		f.Close()
 	}
+	kill()
+}
+
+func kill() {
 	_ = syscall.Kill(syscall.Getpid(), syscall.SIGKILL)
 	// The first process of a PID namespace cannot kill itself; leaving at once is the same.
 	syscall.Exit(128 + int(syscall.SIGKILL))

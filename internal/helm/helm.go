@@ -90,8 +90,7 @@ func New(kubeconfig []byte, namespace string, log *slog.Logger) (*Client, error)
 // Release is a release as its last record shows it.
 type Release struct {
 	wire.Release
-	Description string         // Helm's, with the reason of a failure
-	Values      map[string]any // that were given, without the chart's own
+	Values map[string]any // that were given, without the chart's own
 }
 
 // Get returns a release; nil: there is none.

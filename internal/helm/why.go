@@ -32,12 +32,12 @@ func (o *operation) why(record *v1.Release, err error) error {
 	if lookErr := l.all(record); lookErr != nil {
 		return o.explain("looking for why it is not ready", errors.Join(lookErr, err))
 	}
-	slices.SortStableFunc(l.causes, func(a, b cause) int { return cmp.Compare(rank(a.code), rank(b.code)) })
+	l.order()
 	f := l.timedOut()
 	if l.job != nil {
 		f = l.jobFailed()
 	}
-	for _, c := range l.causes[:min(len(l.causes), causeLimit)] {
+	for _, c := range l.causes {
 		f = f.WithDetail(c.code, "%s", c.message)
 		f.Details[len(f.Details)-1].Target = c.object
 	}
@@ -45,6 +45,12 @@ func (o *operation) why(record *v1.Release, err error) error {
 }
 
 const causeLimit = 8 // that are reported
+
+// order puts the causes into the order in which they are reported.
+func (l *look) order() {
+	slices.SortStableFunc(l.causes, func(a, b cause) int { return cmp.Compare(rank(a.code), rank(b.code)) })
+	l.causes = l.causes[:min(len(l.causes), causeLimit)]
+}
 
 // rank orders causes: what keeps pods from being made, placed, pulled, started, ready.
 // What follows from another cause comes after it.
@@ -108,6 +114,19 @@ func (l *look) all(record *v1.Release) error {
 	if err != nil {
 		return err
 	}
+	if err := l.warnings(); err != nil {
+		return err
+	}
+	for _, p := range made {
+		if err := l.workload(p); err != nil && !apierrors.IsNotFound(err) {
+			return fmt.Errorf("looking at the %s: %w", p, err)
+		}
+	}
+	return nil
+}
+
+// warnings reads the events that tell of something wrong.
+func (l *look) warnings() error {
 	warnings, err := l.api.CoreV1().Events("").List(l.ctx, metav1.ListOptions{FieldSelector: "type=Warning", Limit: 1000})
 	if apierrors.IsForbidden(err) { // those of the namespace of the release are enough mostly
 		warnings, err = l.api.CoreV1().Events(l.namespace).List(l.ctx, metav1.ListOptions{FieldSelector: "type=Warning", Limit: 1000})
@@ -118,11 +137,6 @@ func (l *look) all(record *v1.Release) error {
 	l.events = map[types.UID][]core.Event{}
 	for _, e := range warnings.Items {
 		l.events[e.InvolvedObject.UID] = append(l.events[e.InvolvedObject.UID], e)
-	}
-	for _, p := range made {
-		if err := l.workload(p); err != nil && !apierrors.IsNotFound(err) {
-			return fmt.Errorf("looking at the %s: %w", p, err)
-		}
 	}
 	return nil
 }

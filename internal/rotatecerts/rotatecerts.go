@@ -124,6 +124,7 @@ After an interruption run the same command again. Before the point of no return
 	verb("resume", "Go on with an unfinished run", c.resume)
 	verb("rollback", "Take back an unfinished run, before its point of no return", c.rollback)
 	verb("complete", "Retire the old although it is still in use", c.finish)
+	root.AddCommand(c.kubeconfigCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root
 }

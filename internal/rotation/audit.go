@@ -102,8 +102,9 @@ func (e *Engine) oldClients(ctx context.Context, api API, since time.Time) ([]st
 	return slices.Sorted(maps.Keys(users)), nil
 }
 
-// freshCerts are the hashes of the certificates that are on the machines now, and of
-// those that the controller manager has signed lately.
+// freshCerts are the hashes of the certificates that are on the machines now, of
+// those that the controller manager has signed lately, and of those that were renewed
+// for others.
 func (e *Engine) freshCerts(ctx context.Context, api API) (map[string]bool, error) {
 	fresh := map[string]bool{}
 	add := func(der []byte) {
@@ -128,6 +129,13 @@ func (e *Engine) freshCerts(ctx context.Context, api API) (map[string]bool, erro
 				add(cert.Raw)
 			}
 		}
+	}
+	var others [][]byte
+	if _, err := e.Journal.Get(renewedValue, &others); err != nil {
+		return nil, err
+	}
+	for _, der := range others {
+		add(der)
 	}
 	signed, err := api.Signed(ctx)
 	if err != nil {

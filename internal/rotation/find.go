@@ -40,6 +40,28 @@ func FindNodes(ctx context.Context, h Host, l Layout, connect Connect, now time.
 	if err != nil {
 		return nil, err
 	}
+	endpoints, err := Endpoints(ctx, h, l)
+	if err != nil {
+		return nil, err
+	}
+	var why error
+	for _, endpoint := range endpoints {
+		api, err := connect(endpoint, as)
+		if err != nil {
+			return nil, err
+		}
+		nodes, err := api.Nodes(ctx)
+		if err == nil {
+			return nodes, nil
+		}
+		why = errors.Join(why, fmt.Errorf("%s: %w", endpoint, err))
+	}
+	return nil, fault.New(fault.Unavailable, "NoAPIServer", "The API server of the SSH host does not answer, or not with a certificate that its CA vouches for.").Because(why).
+		WithFix("repair it; or, if certificates have ended, run the same command with --force: it needs no API server")
+}
+
+// Endpoints are the addresses, host:port, at which the API server of a master may answer.
+func Endpoints(ctx context.Context, h Host, l Layout) ([]string, error) {
 	manifest, err := readFile(ctx, h, l.component("kube-apiserver").Pod)
 	if err != nil {
 		return nil, err
@@ -48,20 +70,11 @@ func FindNodes(ctx context.Context, h Host, l Layout, connect Connect, now time.
 	if err != nil {
 		return nil, err
 	}
-	var why error
+	var out []string
 	for _, address := range parseFacts(string(facts)).Addresses {
-		api, err := connect(net.JoinHostPort(address, apiPort(manifest)), as)
-		if err != nil {
-			return nil, err
-		}
-		nodes, err := api.Nodes(ctx)
-		if err == nil {
-			return nodes, nil
-		}
-		why = errors.Join(why, fmt.Errorf("%s: %w", address, err))
+		out = append(out, net.JoinHostPort(address, apiPort(manifest)))
 	}
-	return nil, fault.New(fault.Unavailable, "NoAPIServer", "The API server of the SSH host does not answer, or not with a certificate that its CA vouches for.").Because(why).
-		WithFix("repair it; or, if certificates have ended, run the same command with --force: it needs no API server")
+	return out, nil
 }
 
 // Alive names the masters whose API server answers.

@@ -103,6 +103,7 @@ const (
 	materialValue = "material"
 	observedValue = "observed"
 	proofsValue   = "proofs"
+	renewedValue  = "renewed"       // certificates that were renewed for others, see renew.go
 	switchedValue = "switched"      // when the last API server began to sign with the new key
 	backValue     = "switched back" // when they began to sign with the old key again, on the way back
 )

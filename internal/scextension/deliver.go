@@ -116,7 +116,10 @@ func writeDesired(ctx context.Context, api kubernetes.Interface, secret *core.Se
 	if !apierrors.IsNotFound(err) {
 		return err
 	}
-	_, err = api.CoreV1().Namespaces().Create(ctx, &core.Namespace{ObjectMeta: metav1.ObjectMeta{Name: Namespace}}, metav1.CreateOptions{FieldManager: managerName})
+	err = effect.Do("make the namespace", func() error {
+		_, err := api.CoreV1().Namespaces().Create(ctx, &core.Namespace{ObjectMeta: metav1.ObjectMeta{Name: Namespace}}, metav1.CreateOptions{FieldManager: managerName})
+		return err
+	})
 	if err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("making the namespace %s: %w", Namespace, err)
 	}
@@ -169,7 +172,8 @@ func (m *Manager) tell(ctx context.Context, id string, report wire.ConnectionRep
 	if known && time.Since(old.time) < tellAgain && reflect.DeepEqual(old.report, report) {
 		return nil
 	}
-	if err := m.call(ctx, http.MethodPut, "/keyfleet/v1"+id+"/report", report, nil); err != nil {
+	err := effect.Do("report on connection", func() error { return m.call(ctx, http.MethodPut, "/keyfleet/v1"+id+"/report", report, nil) })
+	if err != nil {
 		return fmt.Errorf("reporting on %s: %w", id, err)
 	}
 	m.lock.Lock()

@@ -3,7 +3,9 @@ package scextension
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,7 +38,7 @@ type installation struct {
 	revision string // that was worked on, or is
 	removed  bool   // that was to remove it
 	running  bool
-	next     time.Time // when to try again; zero: it succeeded
+	next     time.Time // when to do it again; zero: it succeeded
 }
 
 // tryAgain is the pause after an installation that failed.
@@ -55,39 +57,54 @@ func (m *Manager) install(ctx context.Context, cluster string, c connection, w w
 	}
 	m.done[key] = installation{revision: w.Revision, removed: w.Remove, running: true}
 	m.work.Go(func() {
-		ok := m.extend(ctx, cluster, c, w)
+		pause := m.extend(ctx, cluster, c, w)
 		m.lock.Lock()
 		defer m.lock.Unlock()
 		i := installation{revision: w.Revision, removed: w.Remove}
-		if !ok {
-			i.next = time.Now().Add(tryAgain)
+		if pause > 0 {
+			i.next = time.Now().Add(pause)
 		}
 		m.done[key] = i
 	})
 }
 
 // extend brings the extension of a cluster to what is wanted, and reports. It
-// returns whether that worked.
-func (m *Manager) extend(ctx context.Context, cluster string, c connection, w wire.ExtensionWork) (ok bool) {
-	report := m.release(ctx, c, w)
+// returns when to do so again; zero: when something else is wanted.
+func (m *Manager) extend(ctx context.Context, cluster string, c connection, w wire.ExtensionWork) (again time.Duration) {
+	addon := w.Name == wire.AddonRelease
+	var report wire.ExtensionReport
+	if addon {
+		report = m.addon(ctx, c, w)
+	} else {
+		report = m.release(ctx, c, w)
+	}
 	err := effect.Do("report on extension", func() error {
 		return m.call(ctx, http.MethodPut, "/keyfleet/v1"+cluster+"/providers/"+wire.ExtensionType+"/"+w.Name+"/report", report, nil)
 	})
 	if err != nil {
 		m.Log.Error("what became of the extension cannot be reported", "cluster", cluster, "error", err)
 	}
-	return err == nil && report.Problem == nil
+	switch p := report.Problem; {
+	case addon && (p == nil || p.Layer != layerHelm):
+		return m.Interval // whether it is there is looked at again and again
+	case err != nil || p != nil:
+		return tryAgain
+	}
+	return 0
 }
 
 // release does what is wanted, and says what became of it.
 func (m *Manager) release(ctx context.Context, c connection, w wire.ExtensionWork) wire.ExtensionReport {
 	report, r := wire.ExtensionReport{Revision: w.Revision}, c.releases
-	if r == nil || m.Image == "" {
-		if operatorWorks(ctx, c.api) {
+	if r == nil || m.Image == "" && !w.Remove {
+		if r != nil {
+			report.Release, _ = r.Get(ctx, w.Name) // another manager's, which must not be told away
+		}
+		if report.Release != nil || operatorWorks(ctx, c.api) {
 			return report // somebody else has seen to it
 		}
 		report.Problem = &wire.Problem{
-			Code: "ImageNotConfigured", Layer: "helm", Object: "release " + Namespace + "/" + w.Name, Message: "The manager was not told which image the extension runs.",
+			Code: "ImageNotConfigured", Layer: layerHelm, Object: "release " + Namespace + "/" + w.Name, Message: "The manager was not told which image the extension runs.",
 			Fix: "start the server with --connector-image REGISTRY/keyfleet-connector:TAG, or the manager with --image",
 		}
 		return report
@@ -98,6 +115,9 @@ func (m *Manager) release(ctx context.Context, c connection, w wire.ExtensionWor
 			return report
 		}
 		report.Gone = true
+		return report
+	}
+	if report.Problem = pinned(w); report.Problem != nil {
 		return report
 	}
 	values, err := m.values(w.Settings)
@@ -122,7 +142,10 @@ func (m *Manager) release(ctx context.Context, c connection, w wire.ExtensionWor
 // values are the chart's values: the manager's image, and the settings of the extension.
 func (m *Manager) values(settings map[string]string) (map[string]any, error) {
 	out := map[string]any{"image": m.Image}
-	for name, text := range settings {
+	if m.Authority != "" { // pods of the webhook come to this server, unless a setting says otherwise
+		out["webhook"] = map[string]any{"authorityHost": m.Authority, "tenantID": m.Tenant}
+	}
+	for _, name := range slices.Sorted(maps.Keys(settings)) { // "operator" comes before "operator.replicas", and is in its way
 		at, parts := out, strings.Split(name, ".")
 		for _, p := range parts[:len(parts)-1] {
 			inner, ok := at[p].(map[string]any)
@@ -135,7 +158,7 @@ func (m *Manager) values(settings map[string]string) (map[string]any, error) {
 			}
 			at = inner
 		}
-		at[parts[len(parts)-1]] = scalar(text)
+		at[parts[len(parts)-1]] = scalar(settings[name])
 	}
 	return out, nil
 }
@@ -154,15 +177,19 @@ func scalar(text string) any {
 // releaseProblem says an error of Helm as the extension shows it.
 func releaseProblem(name string, err error) *wire.Problem {
 	e := fault.From(err)
-	p := &wire.Problem{Code: e.Code, Layer: "helm", Object: "release " + Namespace + "/" + name, Message: e.Message, Fix: e.Fix}
+	p := &wire.Problem{Code: e.Code, Layer: layerHelm, Object: "release " + Namespace + "/" + name, Message: e.Message, Fix: e.Fix}
 	if e.Err != nil {
 		p.Raw = problem(e.Err)
 	}
 	if p.Code == "" {
 		p.Code, p.Message, p.Raw = "HelmFailed", "The release could not be worked on.", problem(err)
 	}
+	var said []string // a cause of each sort: the pods of one Job or Deployment say the same
 	for _, d := range e.Details {
-		p.Message += fmt.Sprintf(" %s: %s", d.Code, d.Message)
+		if !slices.Contains(said, d.Code) && !strings.Contains(p.Message, d.Message) {
+			p.Message += fmt.Sprintf(" %s: %s", d.Code, d.Message)
+		}
+		said = append(said, d.Code)
 	}
 	return p
 }

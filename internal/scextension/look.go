@@ -17,7 +17,6 @@ import (
 )
 
 const (
-	csiDriver     = "secrets-store.csi.k8s.io"
 	identityLabel = "azure.workload.identity/use" // of pods that get tokens and variables
 	pageSize      = 500
 )
@@ -29,6 +28,7 @@ func connect(kubeconfig []byte, timeout time.Duration) (kubernetes.Interface, er
 		return nil, fmt.Errorf("reading the kubeconfig: %w", err)
 	}
 	cfg.Timeout, cfg.UserAgent = timeout, "keyfleet-connector"
+	cfg.QPS, cfg.Burst = 200, 400 // the server has its own limits, and says so
 	api, err := kubernetes.NewForConfig(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("opening the API: %w", err)
@@ -110,15 +110,9 @@ func seeIssuer(ctx context.Context, api kubernetes.Interface, o *wire.Observatio
 }
 
 func seeDriver(ctx context.Context, api kubernetes.Interface, o *wire.Observation) error {
-	_, err := api.StorageV1().CSIDrivers().Get(ctx, csiDriver, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("looking for the CSI driver: %w", err)
-	}
-	o.CSIDriver = true
-	return nil
+	missing, err := addonMissing(ctx, api)
+	o.CSIDriver = err == nil && missing == ""
+	return err
 }
 
 func seeWebhook(ctx context.Context, api kubernetes.Interface, o *wire.Observation) error {

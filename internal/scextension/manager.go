@@ -41,18 +41,24 @@ type Manager struct {
 	Poll     time.Duration  // between two questions for work; zero: 1 s, at most Interval
 	Log      *slog.Logger
 
+	// Authority is the URL of the server's token endpoint and Tenant its tenant, for
+	// pods of the webhook. Empty: they are given as settings.
+	Authority, Tenant string
 	// Image is that of keyfleet-connector, for pods. Empty: extensions are not installed.
 	Image string
 	// Releases opens a cluster for installations. Nil: extensions are not installed.
 	Releases func(kubeconfig []byte) (Releases, error)
+	// Addon opens a cluster for the installation of the add-on. Nil: it is not installed.
+	Addon func(kubeconfig []byte) (Releases, error)
 
 	logins map[string]connection // by cluster
 	work   sync.WaitGroup        // installations
 	looked map[string]time.Time  // by cluster: when it was last looked at
 
-	lock sync.Mutex
-	told map[string]told         // by connection
-	done map[string]installation // by cluster and extension
+	lock  sync.Mutex
+	told  map[string]told         // by connection
+	done  map[string]installation // by cluster and extension
+	asked map[string]bool         // questions that are looked into, or were, by their UIDs
 }
 
 // told is a report, and when it was made.
@@ -66,6 +72,7 @@ type connection struct {
 	login    string
 	api      kubernetes.Interface
 	releases Releases // nil: nothing is installed
+	addon    Releases // nil: the add-on is not installed
 }
 
 const (
@@ -102,7 +109,7 @@ func (m *Manager) Run(ctx context.Context) error {
 // with connections.
 func (m *Manager) Visit(ctx context.Context) error {
 	if m.told == nil {
-		m.told, m.looked, m.done = map[string]told{}, map[string]time.Time{}, map[string]installation{}
+		m.told, m.looked, m.done, m.asked = map[string]told{}, map[string]time.Time{}, map[string]installation{}, map[string]bool{}
 	}
 	var work wire.Work
 	if err := m.call(ctx, http.MethodGet, "/keyfleet/v1/clusters/work", nil, &work); err != nil {
@@ -137,6 +144,9 @@ func (m *Manager) Visit(ctx context.Context) error {
 		for _, w := range a.Extensions {
 			m.install(ctx, a.ID, c, w)
 		}
+		for _, q := range a.Questions {
+			m.answer(ctx, c, q)
+		}
 		all.Go(func() error {
 			if due {
 				m.see(ctx, a.ID, c.api)
@@ -152,17 +162,21 @@ func (m *Manager) Visit(ctx context.Context) error {
 	return all.Wait()
 }
 
-// forget drops what is known of connections that are gone.
+// forget drops what is known of connections, and of questions, that are gone.
 func (m *Manager) forget(work wire.Work) {
 	there := map[string]bool{}
 	for _, a := range work.Clusters {
 		for _, c := range a.Connections {
 			there[c.ID] = true
 		}
+		for _, q := range a.Questions {
+			there[q.UID] = true
+		}
 	}
 	m.lock.Lock()
 	defer m.lock.Unlock()
 	maps.DeleteFunc(m.told, func(id string, _ told) bool { return !there[id] })
+	maps.DeleteFunc(m.asked, func(uid string, _ bool) bool { return !there[uid] })
 }
 
 // see looks at a cluster and reports what it saw.
@@ -192,10 +206,17 @@ func (m *Manager) open(ctx context.Context, a wire.Assignment) (c connection, er
 		return c, fmt.Errorf("fetching the kubeconfig: %w", err)
 	}
 	c.login = a.Login
-	if c.api, err = connect(k.Value, lookTime); err != nil || m.Releases == nil {
+	if c.api, err = connect(k.Value, lookTime); err != nil {
 		return c, err
 	}
-	c.releases, err = m.Releases(k.Value)
+	if m.Releases != nil {
+		if c.releases, err = m.Releases(k.Value); err != nil {
+			return c, err
+		}
+	}
+	if m.Addon != nil {
+		c.addon, err = m.Addon(k.Value)
+	}
 	return c, err
 }
 

@@ -1,9 +1,7 @@
 package scextension
 
 import (
-	"crypto/sha256"
 	"encoding/base64"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -104,9 +102,7 @@ func want(d wire.Desired, o object, others []wire.Desired) (wanted, *wire.Proble
 		if err := utiljson.Unmarshal(d.ProviderClass.Spec, &w.content); err != nil {
 			return w, unreadable(o.String(), "its spec is no JSON object")
 		}
-		text, _ := json.Marshal(w.content) // it was JSON
-		sum := sha256.Sum256(text)
-		w.hash = hex.EncodeToString(sum[:])
+		w.hash, _ = d.ProviderClass.Hash() // it was JSON
 	default:
 		w.annotations = maps.Clone(d.ServiceAccount.Annotations)
 		for _, other := range others {

@@ -22,6 +22,7 @@ const (
 	layerCluster    = "cluster"    // something that the cluster has not
 	layerKubernetes = "kubernetes" // the API server refuses
 	layerOperator   = "operator"   // what operator and job have to work with
+	layerHelm       = "helm"       // a release
 )
 
 // refusal is what the API server's errors of one sort mean. In message and fix
@@ -39,7 +40,7 @@ var refusals = []refusal{
 	{
 		code: "AddonNotInstalled", layer: layerCluster, is: noSuchKind,
 		message: "The cluster does not know RESOURCE: the Secrets Store CSI driver (add-on azureKeyvaultSecretsProvider) is not installed.",
-		fix:     "install the add-on; OBJECT is made as soon as it is there",
+		fix:     addonWay + ". OBJECT is made as soon as it is there",
 	},
 	{
 		code: "NamespaceTerminating", layer: layerCluster, is: func(err error) bool { return apierrors.HasStatusCause(err, core.NamespaceTerminatingCause) },

@@ -112,17 +112,12 @@ func (w *watch) run(ctx context.Context) bool {
 // cluster knows it, and has all connections looked at that want one.
 func (w *watch) awaitClasses(ctx context.Context) {
 	for {
-		known, err := w.cluster.api.Discovery().ServerResourcesForGroupVersion(classKind.resource.GroupVersion().String())
-		if err == nil {
-			for _, r := range known.APIResources {
-				if r.Name == classKind.resource.Resource {
-					go w.objects[classKind].RunWithContext(ctx)
-					for _, s := range w.desired.GetStore().List() {
-						w.changed(s.(*core.Secret).Labels[labelConnection])
-					}
-					return
-				}
+		if served, err := classesServed(w.cluster.api); err == nil && served {
+			go w.objects[classKind].RunWithContext(ctx)
+			for _, s := range w.desired.GetStore().List() {
+				w.changed(s.(*core.Secret).Labels[labelConnection])
 			}
+			return
 		}
 		select {
 		case <-ctx.Done():

@@ -33,8 +33,9 @@ import (
 func (s *Server) build(ctx context.Context) error {
 	gate := access.NewGate(access.Config{Store: s.store, Recorder: s.audit, Principal: identity.RequirePrincipal})
 	s.gate, s.metrics = gate, newMetrics(s)
+	rotate := newRotateCerts(s.cfg.KeyfleetPath, s.cfg.DataDir)
 	s.clusters = cluster.New(cluster.Config{
-		Store: s.store, Gate: gate, Place: func(tx *store.Tx, sub, group string) error {
+		Store: s.store, Gate: gate, CanRotate: rotate.ready, Place: func(tx *store.Tx, sub, group string) error {
 			return subscription.Require(tx, sub, group, "Microsoft.ContainerService")
 		},
 	})
@@ -63,9 +64,10 @@ func (s *Server) build(ctx context.Context) error {
 		s.subscriptions.Controller(),
 		s.fleet.PoolController(), s.fleet.NodeController(), s.connections.Controller(s.metrics.controllers),
 	)
+	s.runnables = append(s.runnables, cluster.Rotations{Service: s.clusters, Program: rotate, Log: s.log})
 	s.runnables = append(s.runnables, s.vaults.Controllers(s.metrics.controllers)...)
 	if !s.cfg.NoManager {
-		s.runnables = append(s.runnables, clusterManager{program: s.cfg.ConnectorPath, image: s.cfg.Image, login: s.managerLogin, log: s.log})
+		s.runnables = append(s.runnables, clusterManager{program: s.cfg.ConnectorPath, image: s.cfg.Image, addonChart: s.cfg.AddonChart, login: s.managerLogin, log: s.log})
 	}
 	return s.buildEdges(gate, packs)
 }

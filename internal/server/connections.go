@@ -55,9 +55,11 @@ func (c clusterStates) State(ctx context.Context, id arm.ID) (connector.ClusterS
 	if err != nil {
 		return connector.ClusterState{}, err
 	}
-	out := connector.ClusterState{ID: o.Spec.ID, Location: o.Spec.Location, Issuer: o.Status.Issuer}
+	out := connector.ClusterState{ID: o.Spec.ID, Location: o.Spec.Location, Issuer: o.Status.Issuer, Addon: o.Status.CSIDriver}
 	out.State, out.Reason = o.Status.State(time.Now())
-	return out, nil
+	out.Managed = !o.Status.Time.IsZero() && time.Since(o.Status.Time) <= cluster.Fresh
+	out.Busy, err = c.clusters.Busy(ctx, o)
+	return out, err
 }
 
 // connectionVaults keeps the credentials of connections in vaults of this server.
@@ -66,18 +68,33 @@ type connectionVaults struct {
 	endpoints azureapi.Endpoints
 }
 
-// Ensure implements connector.Vaults. The vault of a cluster is in the cluster's
-// group; its name comes from the cluster's id, for names of vaults are unique.
-func (c connectionVaults) Ensure(ctx context.Context, cluster arm.ID, location string) (string, error) {
+// vaultOf is the resource id of the vault for the connections of a cluster. It is in
+// the cluster's group; its name comes from the cluster's id, for names of vaults are unique.
+func vaultOf(cluster arm.ID) arm.ID {
 	sum := sha256.Sum256([]byte(cluster.Key()))
 	name := "sc-" + strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:10]))
-	id := arm.ID{Subscription: cluster.Subscription, ResourceGroup: cluster.ResourceGroup, Provider: "Microsoft.KeyVault", Types: []string{"vaults"}, Names: []string{name}}
-	v, err := c.vaults.Named(ctx, name)
-	if err == nil || fault.KindOf(err) != fault.NotFound {
-		return v.ResourceID, err
+	return arm.ID{Subscription: cluster.Subscription, ResourceGroup: cluster.ResourceGroup, Provider: "Microsoft.KeyVault", Types: []string{"vaults"}, Names: []string{name}}
+}
+
+// Default implements connector.Vaults.
+func (c connectionVaults) Default(ctx context.Context, cluster arm.ID) (vaultID string, there bool, err error) {
+	id := vaultOf(cluster)
+	v, err := c.vaults.Named(ctx, id.Name())
+	if fault.KindOf(err) == fault.NotFound {
+		return id.String(), false, nil
 	}
-	_, deleted := c.vaults.DeletedVault(ctx, cluster.Subscription, location, name)
-	v, _, err = c.vaults.PutVault(ctx, id, vault.VaultSpec{
+	return v.ResourceID, err == nil, err
+}
+
+// Ensure implements connector.Vaults.
+func (c connectionVaults) Ensure(ctx context.Context, cluster arm.ID, location string) (string, error) {
+	vaultID, there, err := c.Default(ctx, cluster)
+	if err != nil || there {
+		return vaultID, err
+	}
+	id := vaultOf(cluster)
+	_, deleted := c.vaults.DeletedVault(ctx, cluster.Subscription, location, id.Name())
+	v, _, err := c.vaults.PutVault(ctx, id, vault.VaultSpec{
 		Location: &location, Tags: map[string]string{"keyfleet": "credentials of the service connections of " + cluster.Name()}, Recover: deleted == nil,
 	})
 	return v.ResourceID, err

@@ -29,9 +29,9 @@ const managerClientID = "6b657966-6c65-4574-8d61-6e6167657231"
 // The child reads its login from standard input, so that it is in no file and no
 // argument, and ends when that is closed: it never outlives the server, however that ends.
 type clusterManager struct {
-	program, image string
-	login          func(ctx context.Context, st *store.Store) (keyfleet.Admin, error)
-	log            *slog.Logger
+	program, image, addonChart string
+	login                      func(ctx context.Context, st *store.Store) (keyfleet.Admin, error)
+	log                        *slog.Logger
 }
 
 const (
@@ -82,6 +82,9 @@ func (m clusterManager) runChild(ctx context.Context, st *store.Store) error {
 	args := []string{"manager", "--from", "-"}
 	if m.image != "" {
 		args = append(args, "--image", m.image)
+	}
+	if m.addonChart != "" {
+		args = append(args, "--addon-chart", m.addonChart)
 	}
 	cmd := exec.Command(m.program, args...)
 	cmd.Stderr = os.Stderr // its log is a part of the server's

@@ -26,6 +26,7 @@
 //	DIR/etcd/         the store (embedded)
 //	DIR/audit/        the audit log
 //	DIR/nodes/        local nodes
+//	DIR/rotations/    journals of rotations of clusters' certificates
 //	DIR/run/          sockets
 package server
 
@@ -75,7 +76,9 @@ type Config struct {
 	AgentPath     string           // the agent of local nodes; empty: keyfleet-agent beside the running program
 	NoManager     bool             // no manager of clusters is run as a child
 	ConnectorPath string           // the program of that manager; empty: keyfleet-connector beside the running program
+	KeyfleetPath  string           // the program that rotates certificates of clusters; empty: keyfleet beside the running program
 	Image         string           // of keyfleet-connector, for the extension in clusters; empty: it is not installed
+	AddonChart    string           // path of the chart of the Secrets Store CSI driver; empty: it is not installed
 	Log           *slog.Logger     // nil: slog.Default()
 }
 
@@ -167,6 +170,9 @@ func (c *Config) setDefaults() error {
 	}
 	if c.AgentPath == "" {
 		c.AgentPath = filepath.Join(filepath.Dir(exe), "keyfleet-agent")
+	}
+	if c.KeyfleetPath == "" {
+		c.KeyfleetPath = filepath.Join(filepath.Dir(exe), "keyfleet")
 	}
 	if c.ConnectorPath == "" {
 		c.ConnectorPath = filepath.Join(filepath.Dir(exe), "keyfleet-connector")

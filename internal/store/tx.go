@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	mrand "math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
@@ -103,7 +104,7 @@ func (tx *Tx) commit() (int64, error) {
 		return 0, err
 	}
 	var rev int64
-	err := effect.Do("commit transaction", func() (err error) {
+	err := effect.Do("commit "+tx.kinds(), func() (err error) {
 		rev, err = tx.store.backend.Commit(tx.ctx, guards, writes)
 		return err
 	})
@@ -116,6 +117,17 @@ func (tx *Tx) commit() (int64, error) {
 		return 0, fmt.Errorf("committing: %w", err)
 	}
 	return rev, err
+}
+
+// kinds names the collections that the transaction writes to.
+func (tx *Tx) kinds() string {
+	var out []string
+	for _, k := range tx.order {
+		if kind, _, _ := strings.Cut(strings.TrimPrefix(k, "/"), "/"); !slices.Contains(out, kind) {
+			out = append(out, kind)
+		}
+	}
+	return strings.Join(out, ", ")
 }
 
 // get reads one key: the Tx's own write, else the committed value.

@@ -24,10 +24,15 @@ func Providers() []Provider {
 	return []Provider{
 		{Namespace: "Microsoft.Authorization", Types: []string{"roleAssignments", "roleDefinitions"}},
 		{Namespace: "Microsoft.Batch", Types: []string{"batchAccounts", "batchAccounts/pools"}},
+		{Namespace: "Microsoft.Cache", Types: []string{"redis"}},
 		{Namespace: "Microsoft.ContainerService", Types: []string{"managedClusters"}},
+		{Namespace: "Microsoft.DBforMySQL", Types: []string{"flexibleServers"}},
+		{Namespace: "Microsoft.DBforPostgreSQL", Types: []string{"flexibleServers"}},
 		{Namespace: "Microsoft.KeyVault", Types: []string{"vaults", "deletedVaults"}},
+		{Namespace: "Microsoft.KubernetesConfiguration", Types: []string{"extensions"}},
 		{Namespace: "Microsoft.ManagedIdentity", Types: []string{"userAssignedIdentities", "userAssignedIdentities/federatedIdentityCredentials"}},
 		{Namespace: "Microsoft.Resources", Types: []string{"subscriptions", "resourceGroups", "resources", "tenants"}},
+		{Namespace: "Microsoft.ServiceLinker", Types: []string{"linkers", "dryruns", "configurationNames"}},
 	}
 }
 

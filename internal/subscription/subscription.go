@@ -160,7 +160,7 @@ func Require(tx *store.Tx, subscription, group, namespace string) error {
 	}
 	if namespace != "" && slices.Contains(sub.Spec.Unregistered, strings.ToLower(namespace)) {
 		return fault.New(fault.Conflict, "MissingSubscriptionRegistration", "The subscription is not registered to use namespace '%s'.", namespace).
-			WithFix("az provider register --namespace %s --subscription %s", namespace, subscription)
+			WithFix("keyfleet provider register %s --subscription %s", namespace, subscription)
 	}
 	if group == "" {
 		return nil

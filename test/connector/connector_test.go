@@ -4,8 +4,10 @@ package connector
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -16,6 +18,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	core "k8s.io/api/core/v1"
 
 	"keyfleet.dev/keyfleet/client"
 	"keyfleet.dev/keyfleet/internal/target"
@@ -27,14 +30,20 @@ import (
 // image is what the extension runs; the bed's registry has it under this name.
 const image = "registry.bed.internal/keyfleet-connector:0.1.0"
 
-// world is a real cluster of one master, a server and a manager on this machine,
-// and a PostgreSQL server that both the cluster's pods and the server reach.
+// world is a real cluster of one master, a server on this machine with the manager
+// that it runs, and a PostgreSQL server that the cluster's pods and the server reach.
 type world struct {
 	*stack.Stack
 	ctx      context.Context
 	bed      *bed.Cluster
 	postgres *targettest.Server
 	home     string
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	stack.Clean()
+	os.Exit(code)
 }
 
 func newWorld(t *testing.T) *world {
@@ -65,7 +74,7 @@ func newWorld(t *testing.T) *world {
 			t.Error(err)
 		}
 	})
-	w.Stack = stack.Start(t, stack.Config{})
+	w.Stack = stack.Start(t, stack.Config{Child: true, Args: []string{"--connector-image", image}})
 	w.push(t)
 	w.register(t)
 	return w
@@ -107,7 +116,24 @@ func (w *world) push(t *testing.T) {
 	}
 }
 
-// register registers cluster and database, and starts a manager.
+// expose makes what listens at an address of this machine reachable for pods, at insideIP with the same port.
+func (w *world) expose(t *testing.T, address string) (port string) {
+	t.Helper()
+	_, port, err := net.SplitHostPort(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.bed.Expose(n); err != nil {
+		t.Fatal(err)
+	}
+	return port
+}
+
+// register registers cluster and database.
 func (w *world) register(t *testing.T) {
 	t.Helper()
 	path := "/subscriptions/" + w.Client.Subscription() + "/resourceGroups/rg"
@@ -119,70 +145,72 @@ func (w *world) register(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.keyfleet(t, "cluster", "register", "prod", "--kubeconfig", kubeconfig)
-	dir := filepath.Join(w.home, "manager")
-	w.keyfleet(t, "cluster", "manager", "create", "manager", "--to-dir", dir)
-	w.background(t, "manager", "manager", "--from", dir, "--image", image)
-
-	outside, err := w.bed.Expose(w.postgres.Port)
-	if err != nil {
-		t.Fatal(err)
-	}
-	host, port, _ := strings.Cut(outside, ":")
-	file := func(name, content string) string {
-		path := filepath.Join(w.home, name)
-		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	w.keyfleet(t, "server", "register", "postgres", "main", "--host", host, "--port", port, "--reach", w.postgres.Address(), "--admin", w.postgres.AdminUser,
-		"--password-file", file("password", w.postgres.AdminPassword), "--ca-file", file("ca.pem", w.postgres.CA))
-	admin, err := pgx.Connect(w.ctx, fmt.Sprintf("host=%s port=%d dbname=postgres user=%s password=%s sslmode=require", w.postgres.Host, w.postgres.Port, w.postgres.AdminUser, w.postgres.AdminPassword))
-	if err != nil {
-		t.Fatal(err)
-	}
+	port := w.expose(t, w.postgres.Address())
+	w.keyfleet(t, "server", "register", "postgres", "main", "--host", insideIP, "--port", port, "--reach", w.postgres.Address(), "--admin", w.postgres.AdminUser,
+		"--password-file", w.file(t, "password", w.postgres.AdminPassword), "--ca-file", w.file(t, "ca.pem", w.postgres.CA))
+	admin := w.login(t, w.postgres.AdminUser, w.postgres.AdminPassword, "postgres")
 	defer admin.Close(w.ctx)
 	if _, err := admin.Exec(w.ctx, "CREATE DATABASE shop"); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// background runs keyfleet-connector until the test ends.
-func (w *world) background(t *testing.T, name string, args ...string) {
+// file writes a file for the command line to read.
+func (w *world) file(t *testing.T, name, content string) string {
 	t.Helper()
-	log, err := os.Create(filepath.Join(w.home, name+".log"))
+	path := filepath.Join(w.home, name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// dial logs in to the database server.
+func (w *world) dial(user, password, database string) (*pgx.Conn, error) {
+	return pgx.Connect(w.ctx, fmt.Sprintf("host=%s port=%d dbname=%s user=%s password=%s sslmode=require", w.postgres.Host, w.postgres.Port, database, user, password))
+}
+
+// login is dial, which must succeed.
+func (w *world) login(t *testing.T, user, password, database string) *pgx.Conn {
+	t.Helper()
+	conn, err := w.dial(user, password, database)
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(filepath.Join(w.Bin, "keyfleet-connector"), args...)
-	cmd.Stderr = log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Signal(os.Interrupt)
-		_ = cmd.Wait()
-		text, _ := os.ReadFile(log.Name())
-		_ = log.Close()
-		if t.Failed() {
-			t.Logf("%s:\n%s", log.Name(), text)
-		}
-	})
+	return conn
+}
+
+// try runs the command line.
+func (w *world) try(args ...string) (string, error) {
+	cmd := exec.CommandContext(w.ctx, filepath.Join(w.Bin, "keyfleet"), args...)
+	cmd.Env = append(os.Environ(), "HOME="+w.home, "KEYFLEET_FROM="+w.Dir, "KEYFLEET_GROUP=rg")
+	out, err := cmd.CombinedOutput()
+	return string(out), err
 }
 
 // keyfleet runs the command line, which must succeed.
 func (w *world) keyfleet(t *testing.T, args ...string) string {
 	t.Helper()
-	cmd := exec.CommandContext(w.ctx, filepath.Join(w.Bin, "keyfleet"), args...)
-	cmd.Env = append(os.Environ(), "HOME="+w.home, "KEYFLEET_FROM="+w.Dir, "KEYFLEET_GROUP=rg")
-	out, err := cmd.CombinedOutput()
+	out, err := w.try(args...)
 	if err != nil {
 		t.Fatalf("keyfleet %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
-	return string(out)
+	return out
 }
 
-// kubectl and helm run the bed's own.
+// kube runs kubectl of the bed as its administrator, which must succeed.
+func (w *world) kube(t *testing.T, args ...string) string {
+	t.Helper()
+	return w.tool(t, "kubectl", "", args...)
+}
+
+// apply makes objects be there.
+func (w *world) apply(t *testing.T, manifest string) {
+	t.Helper()
+	w.tool(t, "kubectl", manifest, "apply", "-f", "-")
+}
+
+// tool runs kubectl or helm of the bed, which must succeed.
 func (w *world) tool(t *testing.T, name, stdin string, args ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(w.ctx, filepath.Join(w.bed.Dir, name), args...)
@@ -194,61 +222,27 @@ func (w *world) tool(t *testing.T, name, stdin string, args ...string) string {
 	return string(out)
 }
 
-// sampleJob is the one of the documentation, with the name replaced.
-const sampleJob = `
-apiVersion: batch/v1
-kind: Job
-metadata:
-  namespace: default
-  name: sc-sample-job
-spec:
-  template:
-    spec:
-      containers:
-      - name: raw-linux
-        image: alpine
-        command: ['printenv']
-        envFrom:
-        - secretRef:
-            name: sc-db-secret
-      restartPolicy: OnFailure
-`
+// says checks what a command prints, and shows it.
+func (w *world) says(t *testing.T, command, out string, want ...string) {
+	t.Helper()
+	t.Logf("$ %s\n%s", command, out)
+	for _, s := range want {
+		if !strings.Contains(out, s) {
+			t.Errorf("%s does not say %q", command, s)
+		}
+	}
+}
 
-// TestDocumentedFlow: the first connection installs the extension, whose job makes
-// the objects; the sample Job prints the environment; what people are told to look
-// at shows what the documentation says.
-func TestDocumentedFlow(t *testing.T) {
-	w := newWorld(t)
-	stack.Eventually(t, time.Minute, "the cluster was seen", func(context.Context) error {
-		if out := w.keyfleet(t, "cluster", "show", "prod"); !strings.Contains(out, "Succeeded") {
-			return fmt.Errorf("%s", out)
-		}
-		return nil
-	})
-	began := time.Now()
-	t.Log(w.keyfleet(t, "connection", "create", "postgres-flexible", "--connection", "db", "--cluster", "prod", "--server", "main", "--database", "shop", "--client-type", "none"))
-	t.Logf("the first connection of a cluster, extension included: %s", time.Since(began).Round(time.Second))
-
-	if out := w.tool(t, "kubectl", "", "get", "ns"); !strings.Contains(out, "sc-system") {
-		t.Errorf("kubectl get ns:\n%s", out)
+// environment is what a Secret of the namespace default holds.
+func (w *world) environment(t *testing.T, secret string) map[string]string {
+	t.Helper()
+	var s core.Secret
+	if err := json.Unmarshal([]byte(w.kube(t, "get", "secret", secret, "-o", "json")), &s); err != nil {
+		t.Fatal(err)
 	}
-	stack.Eventually(t, 5*time.Minute, "the release is deployed", func(context.Context) error {
-		if out := w.tool(t, "helm", "", "list", "-n", "sc-system"); !strings.Contains(out, "sc-extension") || !strings.Contains(out, "deployed") {
-			return fmt.Errorf("%s", out)
-		}
-		return nil
-	})
-	t.Log(w.tool(t, "helm", "", "list", "-n", "sc-system"))
-	if out := w.tool(t, "kubectl", "", "get", "job", "-n", "sc-system"); !strings.Contains(out, "No resources found") {
-		t.Errorf("sc-job is still there:\n%s", out)
+	out := map[string]string{}
+	for name, value := range s.Data {
+		out[name] = string(value)
 	}
-	w.tool(t, "kubectl", sampleJob, "apply", "-f", "-")
-	w.tool(t, "kubectl", "", "wait", "--for=condition=Complete", "--timeout=90s", "job/sc-sample-job")
-	log := w.tool(t, "kubectl", "", "logs", "job/sc-sample-job")
-	for _, want := range []string{"AZURE_POSTGRESQL_HOST=", "AZURE_POSTGRESQL_USERNAME=kf_db_", "AZURE_POSTGRESQL_PASSWORD=", "AZURE_POSTGRESQL_PORT=" + strconv.Itoa(w.postgres.Port)} {
-		if !strings.Contains(log, want) {
-			t.Errorf("the Job does not print %s", want)
-		}
-	}
-	t.Log(w.keyfleet(t, "connection", "delete", "db", "--cluster", "prod", "--yes"))
+	return out
 }

@@ -2,17 +2,20 @@ package system
 
 import (
 	"bytes"
+	"compress/gzip"
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -142,6 +145,47 @@ func (s *scanner) search(data []byte, found func(pattern, int)) {
 	}
 }
 
+// searchDeep searches data, and what is compressed in it.
+func (s *scanner) searchDeep(data []byte, found func(pattern, int)) {
+	s.search(data, found)
+	for _, inside := range unpacked(data, 3) {
+		s.search(inside, found)
+	}
+}
+
+// unpacked returns what gzip has made smaller in data, to a depth: gzip as it is, in
+// base64, and in base64 of that, as Helm keeps its releases.
+func unpacked(data []byte, depth int) (all [][]byte) {
+	const most = 64 << 20
+	if depth == 0 {
+		return nil
+	}
+	for _, first := range []string{"\x1f\x8b\x08", "H4sI", "SDRzS"} { // of gzip, once and twice
+		for rest := data; ; {
+			i := bytes.Index(rest, []byte(first))
+			if i < 0 {
+				break
+			}
+			if first[0] == 0x1f {
+				if z, err := gzip.NewReader(bytes.NewReader(rest[i:])); err == nil { // else bytes that only look like it
+					inside, _ := io.ReadAll(io.LimitReader(z, most)) // what follows the end is no gzip, which is an error
+					all = append(append(all, inside), unpacked(inside, depth-1)...)
+				}
+			} else {
+				text := alphabet.Find(rest[i:])
+				inside := make([]byte, base64.RawStdEncoding.DecodedLen(len(text)))
+				n, _ := base64.RawStdEncoding.Decode(inside, text) // cut short: what there is
+				all = append(all, unpacked(inside[:n], depth-1)...)
+			}
+			rest = rest[i+len(first):]
+		}
+	}
+	return all
+}
+
+// alphabet is text in base64.
+var alphabet = regexp.MustCompile(`^[A-Za-z0-9+/]+`)
+
 // control plants every window of every canary in every encoding, made by the
 // encoders themselves around a longer text, and fails if the search misses one.
 func (s *scanner) control(t *testing.T, all []*canary) (planted int) {
@@ -151,7 +195,7 @@ func (s *scanner) control(t *testing.T, all []*canary) (planted int) {
 		t.Helper()
 		planted++
 		hit := false
-		s.search(append(append(noise(37), data...), noise(41)...), func(p pattern, _ int) { hit = hit || p.canary == c })
+		s.searchDeep(append(append(noise(37), data...), noise(41)...), func(p pattern, _ int) { hit = hit || p.canary == c })
 		if !hit {
 			t.Errorf("control: %s planted as %s is not found", c.name, how)
 		}
@@ -177,9 +221,26 @@ func (s *scanner) control(t *testing.T, all []*canary) (planted int) {
 				try(c, "JSON", doc)
 			}
 			try(c, "%q", fmt.Appendf(nil, "%q", w))
+			release := compressed(t, append(noise(1000), w...))
+			try(c, "gzip", release)
+			once := base64.StdEncoding.EncodeToString(release)
+			try(c, "a release of Helm", []byte(` "release": "`+base64.StdEncoding.EncodeToString([]byte(once))+`"`))
 		}
 	}
 	return planted
+}
+
+func compressed(t *testing.T, data []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	if _, err := z.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 // searchAll searches every place. What is found where it belongs is counted,
@@ -189,7 +250,7 @@ func (h *hunt) searchAll(s *scanner, procs *processes) (files, belong int) {
 	found := map[string]int{} // canary -> finds where it belongs
 	told := map[string]bool{} // one line for each canary, form and place
 	search := func(place, path string, data []byte) {
-		s.search(data, func(p pattern, at int) {
+		s.searchDeep(data, func(p pattern, at int) {
 			if path != "" && p.canary.allowed != nil && p.canary.allowed(path) {
 				found[p.canary.name]++
 				belong++

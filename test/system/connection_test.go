@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/http"
 	"os"
 	"os/exec"
@@ -41,18 +40,9 @@ type connected struct {
 
 func newConnected(t *testing.T) *connected {
 	t.Helper()
-	c := &connected{registered: &registered{kube: kubetest.Start(t), home: t.TempDir()}, postgres: targettest.Postgres(t)}
-	c.system = start(t, stack.Config{})
-	c.connect(t)
-	c.group = c.registered.group("rg")
-	kubeconfig := filepath.Join(c.home, "kubeconfig")
-	if err := os.WriteFile(kubeconfig, c.kube.TokenKubeconfig(t, c.managerAccount(t)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c.keyfleet(t, 0, "cluster", "register", "prod", "--kubeconfig", kubeconfig)
-	c.manage(t)
-	c.operate(t)
-	c.becomes(t, "Succeeded", "")
+	postgres := targettest.Postgres(t)
+	c := newCluster(t)
+	c.postgres = postgres
 	admin, err := pgx.Connect(c.ctx, c.adminURL("postgres"))
 	if err != nil {
 		t.Fatal(err)
@@ -61,33 +51,57 @@ func newConnected(t *testing.T) *connected {
 	if _, err := admin.Exec(c.ctx, "CREATE DATABASE shop"); err != nil {
 		t.Fatal(err)
 	}
-	c.register(t)
-	for _, ns := range []string{"shop"} {
-		if _, err := c.api.CoreV1().Namespaces().Create(c.ctx, &core.Namespace{ObjectMeta: metav1.ObjectMeta{Name: ns}}, metav1.CreateOptions{}); err != nil {
-			t.Fatal(err)
-		}
+	c.register(t, "postgres", c.postgres)
+	return c
+}
+
+// newCluster is one without a server to connect to; it has the namespace shop.
+func newCluster(t *testing.T) *connected {
+	t.Helper()
+	c := &connected{registered: &registered{kube: kubetest.Start(t), home: t.TempDir()}}
+	c.system = start(t, stack.Config{Args: []string{"--log-level", "debug"}}) // so that its log has all that it can have
+	c.connect(t)
+	c.group = c.registered.group("rg")
+	c.keyfleet(t, 0, "cluster", "register", "prod", "--kubeconfig", c.file(t, "kubeconfig", string(c.kube.TokenKubeconfig(t, c.managerAccount(t)))))
+	c.manage(t)
+	c.operate(t)
+	c.becomes(t, "Succeeded", "")
+	if _, err := c.api.CoreV1().Namespaces().Create(c.ctx, &core.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
 	}
 	return c
 }
 
-// register registers the PostgreSQL server by the command line; a wrong password is refused.
-func (c *connected) register(t *testing.T) {
+// file writes a file for the command line and returns its path.
+func (c *connected) file(t *testing.T, name, content string) string {
 	t.Helper()
-	file := func(name, content string) string {
-		path := filepath.Join(c.home, name)
-		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
+	path := filepath.Join(c.home, name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
 	}
+	return path
+}
+
+// register registers a server with the name main by the command line; a wrong
+// password is refused. The right one stays in the file KIND-password.
+func (c *connected) register(t *testing.T, kind string, s *targettest.Server) {
+	t.Helper()
 	args := []string{
-		"server", "register", "postgres", "main", "--host", c.postgres.Host, "--port", strconv.Itoa(c.postgres.Port), "--admin", c.postgres.AdminUser,
-		"--ca-file", file("ca.pem", c.postgres.CA), "--password-file",
+		"server", "register", kind, "main", "--host", s.Host, "--port", strconv.Itoa(s.Port), "--admin", s.AdminUser, "--ca-file", c.file(t, "ca.pem", s.CA),
 	}
-	if out := c.keyfleet(t, 1, append(args, file("wrong", "wrong-password"))...); !strings.Contains(out, "InvalidDbSecret") {
+	if s.Management != "" {
+		args = append(args, "--management", s.Management)
+	}
+	if out := c.keyfleet(t, 1, append(args, "--password-file", c.file(t, "wrong", "wrong-password"))...); !strings.Contains(out, "InvalidDbSecret") {
 		t.Errorf("a wrong password: %s", out)
 	}
-	t.Log(c.keyfleet(t, 0, append(args, file("right", c.postgres.AdminPassword))...))
+	t.Log(c.keyfleet(t, 0, append(args, "--password-file", c.file(t, kind+"-password", s.AdminPassword))...))
+}
+
+// administrator is the password of a server's administrator, which belongs into the
+// file that the command line read.
+func (c *connected) administrator(kind string, s *targettest.Server) hidden {
+	return hidden{"the password of the administrator of " + kind, s.AdminPassword, []string{filepath.Join(c.home, kind+"-password")}}
 }
 
 func (c *connected) adminURL(database string) string {
@@ -187,6 +201,7 @@ func (c *connected) use(ctx context.Context) error {
 // credential is rotated under load; the deletion leaves nothing but the data.
 func TestConnectionToPostgres(t *testing.T) {
 	c := newConnected(t)
+	before := c.inventory(t)
 	t.Log(c.keyfleet(t, 0, "connection", "create", "postgres-flexible", "--connection", "db", "--cluster", "prod", "--server", "main", "--database", "shop",
 		"--kube-namespace", "shop", "--client-type", "go"))
 	if err := c.use(c.ctx); err != nil {
@@ -226,7 +241,11 @@ func TestConnectionToPostgres(t *testing.T) {
 		}
 		return nil
 	})
-	c.rotateUnderLoad(t, first)
+	c.rotateUnderLoad(t, "db", c.use)
+	if conn, err := pgx.Connect(c.ctx, first["AZURE_POSTGRESQL_CONNECTIONSTRING"]); err == nil {
+		_ = conn.Close(c.ctx)
+		t.Error("the old credential still works")
+	}
 	for _, args := range [][]string{{"list"}, {"show", "db"}, {"validate", "db"}, {"list-configuration", "db"}} {
 		t.Logf("keyfleet connection %s\n%s", strings.Join(args, " "), c.keyfleet(t, 0, append(append([]string{"connection"}, args...), "--cluster", "prod")...))
 	}
@@ -234,49 +253,32 @@ func TestConnectionToPostgres(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	delivered := hidden{"the last password", passwordOf(t, last), c.inCluster(t, "db")}
+	c.noSecretIn(t, []hidden{c.administrator("postgres", c.postgres), {name: "the first password", value: passwordOf(t, first)}, delivered})
 	c.deleteAll(t)
-	c.noSecretIn(t, map[string]string{"the administrator's password": c.postgres.AdminPassword, "the first password": passwordOf(t, first), "the last password": passwordOf(t, last)})
+	c.unchanged(t, before)
+	delivered.in = nil
+	c.noSecretIn(t, []hidden{c.administrator("postgres", c.postgres), {name: "the first password", value: passwordOf(t, first)}, delivered})
 }
 
-// noSecretIn searches what server, manager and operator have left on disk (logs,
-// audit, the store's files), and the cluster's events, for passwords in all forms.
-func (c *connected) noSecretIn(t *testing.T, secrets map[string]string) {
+// inCluster are the two objects in which the credential of a connection belongs: its
+// desired state, and the Secret that the workloads name.
+func (c *connected) inCluster(t *testing.T, name string) []string {
 	t.Helper()
-	events, err := c.api.CoreV1().Events("").List(c.ctx, metav1.ListOptions{})
-	if err != nil || len(events.Items) == 0 {
-		t.Fatalf("%d events, though something was repaired: %v", len(events.Items), err)
-	}
-	text, err := json.Marshal(events)
+	in := []string{"secrets shop/sc-" + name + "-secret"}
+	all, err := c.api.CoreV1().Secrets("sc-system").List(c.ctx, metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	places := map[string][]byte{"events": text}
-	for _, dir := range []string{c.home, c.Dir} {
-		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-			if err != nil || !d.Type().IsRegular() {
-				return err
-			}
-			places[path], err = os.ReadFile(path)
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
+	for _, s := range all.Items {
+		if bytes.Contains(s.Data["desired"], []byte("/linkers/"+name+`"`)) {
+			in = append(in, "secrets sc-system/"+s.Name)
 		}
 	}
-	given := filepath.Join(c.home, "right") // where the command line was told to read it
-	for name, secret := range secrets {
-		for form, pattern := range forms([]byte(secret)) {
-			for place, content := range places {
-				if place != given && bytes.Contains(content, pattern) {
-					t.Errorf("%s (%s) is in %s", name, form, place)
-				}
-			}
-		}
+	if len(in) != 2 {
+		t.Fatalf("%s has %d desired states", name, len(in)-1)
 	}
-	if !bytes.Contains(places[given], []byte(c.postgres.AdminPassword)) || len(places) < 10 {
-		t.Errorf("the search has looked at %d places and does not find what is there", len(places))
-	}
-	t.Logf("searched %d secrets in %d places", len(secrets), len(places))
+	return in
 }
 
 // passwordOf takes the password out of a connection string.
@@ -289,45 +291,73 @@ func passwordOf(t *testing.T, env map[string]string) string {
 	return cfg.Password
 }
 
-// rotateUnderLoad rotates while clients log in again and again with what the
-// cluster has at that moment.
-func (c *connected) rotateUnderLoad(t *testing.T, first map[string]string) {
+// load are clients that log in again and again until they are told to stop.
+type load struct {
+	logins, failed, overtaken atomic.Int64
+	clients                   errgroup.Group
+}
+
+// start starts a client. Its login has failed if it is refused while the Secret is the one
+// that it has read; where the Secret has changed meanwhile it was overtaken, as
+// no pod is: those that were started with the old values are waited for.
+func (l *load) start(ctx context.Context, version func() (string, error), use func() error) {
+	l.clients.Go(func() (problem error) {
+		for ctx.Err() == nil {
+			before, err := version()
+			if err == nil {
+				err = use()
+			}
+			l.logins.Add(1)
+			if err == nil {
+				continue
+			}
+			if after, unread := version(); unread == nil && after != before {
+				l.overtaken.Add(1)
+				continue
+			}
+			l.failed.Add(1)
+			problem = errors.Join(problem, err)
+		}
+		return problem
+	})
+}
+
+// rotateUnderLoad rotates the credential of a connection while clients log in, by use,
+// with what the cluster has at that moment.
+func (c *connected) rotateUnderLoad(t *testing.T, name string, use func(context.Context) error) {
 	t.Helper()
 	ctx, stop := context.WithCancel(c.ctx)
-	var logins, failed atomic.Int64
-	done := make(chan error, 1)
-	go func() {
-		var problem error
-		for ctx.Err() == nil {
-			if err := c.use(c.ctx); err != nil {
-				failed.Add(1)
-				problem = errors.Join(problem, err)
+	defer stop()
+	version := func() (string, error) {
+		s, err := c.api.CoreV1().Secrets("shop").Get(c.ctx, "sc-"+name+"-secret", metav1.GetOptions{})
+		return s.ResourceVersion, err
+	}
+	var l load
+	for range 3 {
+		l.start(ctx, version, func() error { return use(c.ctx) })
+	}
+	atLeast := func(n int64) {
+		t.Helper()
+		stack.Eventually(t, time.Minute, "logins", func(context.Context) error {
+			if l.logins.Load() < n {
+				return fmt.Errorf("%d of %d", l.logins.Load(), n)
 			}
-			logins.Add(1)
-		}
-		done <- problem
-	}()
-	resp := c.do(client.Request{Method: http.MethodPost, URL: c.Client.ARM(c.linker("db") + "/rotate"), Version: linkerVersion})
-	_, err := c.Client.Wait(c.ctx, resp, nil)
-	if err != nil {
+			return nil
+		})
+	}
+	atLeast(10)
+	before := l.logins.Load()
+	resp := c.do(client.Request{Method: http.MethodPost, URL: c.Client.ARM(c.linker(name) + "/rotate"), Version: linkerVersion})
+	if _, err := c.Client.Wait(c.ctx, resp, nil); err != nil {
 		t.Errorf("rotating: %v", err)
 	}
-	before := logins.Load()
-	stack.Eventually(t, 20*time.Second, "logins after the rotation", func(context.Context) error {
-		if logins.Load() < before+5 {
-			return errors.New("not yet")
-		}
-		return nil
-	})
+	during := l.logins.Load() - before
+	atLeast(l.logins.Load() + 10)
 	stop()
-	if problem := <-done; failed.Load() > 0 {
-		t.Errorf("%d of %d logins failed: %v", failed.Load(), logins.Load(), problem)
+	if problem := l.clients.Wait(); problem != nil {
+		t.Errorf("%d of %d logins failed: %v", l.failed.Load(), l.logins.Load(), problem)
 	}
-	t.Logf("a rotation under load: %d logins, %d failed", logins.Load(), failed.Load())
-	if conn, err := pgx.Connect(c.ctx, first["AZURE_POSTGRESQL_CONNECTIONSTRING"]); err == nil {
-		_ = conn.Close(c.ctx)
-		t.Error("the old credential still works")
-	}
+	t.Logf("a rotation under load: %d logins, %d of them while it went on, %d failed, %d were overtaken", l.logins.Load(), during, l.failed.Load(), l.overtaken.Load())
 }
 
 // deleteAll deletes the connection, and looks that nothing is left of it.

@@ -4,11 +4,13 @@
 //
 //	PUT, PATCH, GET, DELETE .../managedClusters/{name}           register (properties.kubeconfig), show, forget
 //	POST .../listClusterUserCredential                           the kubeconfig back
+//	POST .../rotateClusterCertificates                           needs SSH access (properties.ssh)
+//	GET  .../locations/{location}/operations/{operation}         how far that is
 //	GET  /keyfleet/v1/clusters/work                              what a manager has to look after
 //	POST /keyfleet/v1/subscriptions/.../kubeconfig               the kubeconfig, for a manager
 //	PUT  /keyfleet/v1/subscriptions/.../observation              what it saw
 //
-// Invariant: a kubeconfig is never part of a cluster's representation.
+// Invariant: a kubeconfig or an SSH key is never part of a cluster's representation.
 //
 // Consequence for the operator: a body that asks for a cluster to be made (node
 // pools, networks) is refused with the member's name, not accepted and forgotten.
@@ -43,6 +45,7 @@ type Config struct {
 	// Connections are what a manager brings to the clusters. Nil: nothing.
 	Connections interface {
 		Work(ctx context.Context) (map[string][]wire.ConnectionWork, map[string][]wire.ExtensionWork, error)
+		Questions(ctx context.Context) (map[string][]wire.Question, error)
 	}
 	Now func() time.Time // nil: time.Now
 }
@@ -64,7 +67,7 @@ func Routes(cfg Config) []azureapi.Route {
 	row := func(method, path string, v []string, action string, h func(*azureapi.Request) (*azureapi.Reply, error)) azureapi.Route {
 		return azureapi.Route{Surface: azureapi.ARM, Method: method, Path: path, Versions: v, Action: action, Handle: h}
 	}
-	return []azureapi.Route{
+	return append(s.rotationRoutes(one, row),
 		row(http.MethodGet, "/subscriptions/{subscription}"+typ, versions, wire.Type+"/read", s.list),
 		row(http.MethodGet, group, versions, wire.Type+"/read", s.list),
 		row(http.MethodGet, one, versions, wire.Type+"/read", s.get),
@@ -75,7 +78,7 @@ func Routes(cfg Config) []azureapi.Route {
 		row(http.MethodGet, "/keyfleet/v1/clusters/work", nil, manage, s.work),
 		row(http.MethodPost, "/keyfleet/v1"+one+"/kubeconfig", nil, manage, s.managerCredential),
 		row(http.MethodPut, "/keyfleet/v1"+one+"/observation", nil, manage, s.report),
-	}
+	)
 }
 
 // clusterID is the resource id that the path names, without what follows the cluster.
@@ -86,8 +89,18 @@ func clusterID(r *azureapi.Request) string {
 	}.String()
 }
 
-// toWire is a cluster as clients get it: what was seen, and whether that still counts.
-func (s surface) toWire(o *cluster.Object) wire.ManagedCluster {
+// shown answers with a cluster.
+func (s surface) shown(r *azureapi.Request, o *cluster.Object) (*azureapi.Reply, error) {
+	last, err := s.Clusters.LastRotations(r.Context(), o)
+	if err != nil {
+		return nil, err
+	}
+	return azureapi.OK(s.toWire(o, last[o.ID])), nil
+}
+
+// toWire is a cluster as clients get it: what was seen, and whether that still
+// counts. last is its last rotation; nil: there was none.
+func (s surface) toWire(o *cluster.Object, last *cluster.RotationObject) wire.ManagedCluster {
 	id, _ := arm.ParseID(o.Spec.ID) // it was parsed when it was stored
 	state, reason := o.Status.State(s.Now())
 	v := o.Status.View
@@ -103,6 +116,8 @@ func (s surface) toWire(o *cluster.Object) wire.ManagedCluster {
 		p.SecurityProfile = &wire.Security{WorkloadIdentity: wire.Enabled{Enabled: v.Webhook}}
 		p.AddonProfiles = map[string]wire.Addon{wire.KeyVaultAddon: {Enabled: v.CSIDriver}}
 	}
+	p.SSH = sshToWire(o.Spec.SSH)
+	rotationState(&p, last)
 	if state == "Succeeded" {
 		p.PowerState = &wire.PowerState{Code: "Running"}
 	}
@@ -114,9 +129,13 @@ func (s surface) list(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
+	last, err := s.Clusters.LastRotations(r.Context(), all...)
+	if err != nil {
+		return nil, err
+	}
 	out := arm.List[wire.ManagedCluster]{Value: make([]wire.ManagedCluster, len(all))}
 	for i, o := range all {
-		out.Value[i] = s.toWire(o)
+		out.Value[i] = s.toWire(o, last[o.ID])
 	}
 	return azureapi.OK(out), nil
 }
@@ -126,7 +145,7 @@ func (s surface) get(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return azureapi.OK(s.toWire(o)), nil
+	return s.shown(r, o)
 }
 
 // put registers. What clients send back of what they got is read and ignored; what
@@ -141,16 +160,16 @@ func (s surface) put(r *azureapi.Request) (*azureapi.Reply, error) {
 		return nil, err
 	}
 	o, created, err := s.Clusters.Register(r.Context(), cluster.Registration{
-		ID: clusterID(r), Location: location, Tags: body.Tags, Kubeconfig: []byte(body.Properties.Kubeconfig),
+		ID: clusterID(r), Location: location, Tags: body.Tags, Kubeconfig: []byte(body.Properties.Kubeconfig), SSH: sshFromWire(body.Properties.SSH),
 	})
 	if err != nil {
 		return nil, err
 	}
-	reply := azureapi.OK(s.toWire(o))
-	if created {
+	reply, err := s.shown(r, o)
+	if err == nil && created {
 		reply.Status = http.StatusCreated
 	}
-	return reply, nil
+	return reply, err
 }
 
 func (s surface) patch(r *azureapi.Request) (*azureapi.Reply, error) {
@@ -162,7 +181,7 @@ func (s surface) patch(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	return azureapi.OK(s.toWire(o)), nil
+	return s.shown(r, o)
 }
 
 func (s surface) delete(r *azureapi.Request) (*azureapi.Reply, error) {
@@ -201,14 +220,19 @@ func (s surface) work(r *azureapi.Request) (*azureapi.Reply, error) {
 	}
 	var connections map[string][]wire.ConnectionWork // by the keys of clusters
 	var extensions map[string][]wire.ExtensionWork
+	var questions map[string][]wire.Question
 	if s.Connections != nil {
 		if connections, extensions, err = s.Connections.Work(r.Context()); err != nil {
+			return nil, err
+		}
+		if questions, err = s.Connections.Questions(r.Context()); err != nil {
 			return nil, err
 		}
 	}
 	out := wire.Work{Clusters: make([]wire.Assignment, len(all))}
 	for i, a := range all {
-		out.Clusters[i] = wire.Assignment{ID: a.ID, Login: a.Login, Connections: connections[strings.ToLower(a.ID)], Extensions: extensions[strings.ToLower(a.ID)]}
+		key := strings.ToLower(a.ID)
+		out.Clusters[i] = wire.Assignment{ID: a.ID, Login: a.Login, Connections: connections[key], Extensions: extensions[key], Questions: questions[key]}
 	}
 	return azureapi.OK(out), nil
 }

@@ -59,7 +59,7 @@ func newServer(t *testing.T) *server {
 	gate := access.NewGate(access.Config{Store: st, Recorder: log})
 	s.API, err = azureapi.New(azureapi.Config{
 		Endpoints: azureapi.Endpoints{Domain: "keyfleet.internal", Port: ":8443"},
-		Routes:    clusters.Routes(clusters.Config{Clusters: cluster.New(cluster.Config{Store: st, Gate: gate, Now: now}), Now: now}),
+		Routes:    clusters.Routes(clusters.Config{Clusters: cluster.New(cluster.Config{Store: st, Gate: gate, Now: now, CanRotate: func() error { return nil }}), Now: now}),
 		Verifier:  anybody{}, Tenant: "t", Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {

@@ -50,12 +50,14 @@ func versionsOf(table []azureapi.Route, namespace, typ string) []string {
 	return out
 }
 
-// typeOfPath returns the resource type that a route's path is about, "" if none.
+// typeOfPath returns the resource type that a route's path is about, "" if none. That
+// of an extension resource stands last.
 func typeOfPath(path string) string {
-	_, rest, ok := strings.Cut(path, "/providers/")
-	if !ok {
+	i := strings.LastIndex(path, "/providers/")
+	if i < 0 {
 		return ""
 	}
+	rest := path[i+len("/providers/"):]
 	parts := strings.Split(rest, "/")
 	typ := parts[0]
 	for i := 1; i < len(parts); i += 2 {

@@ -50,7 +50,11 @@ func extensionToWire(o *connector.ExtensionObject) kubernetes.ClusterExtension {
 	case r.Problem != nil:
 		text := r.Problem.Message
 		if r.Problem.Fix != "" {
-			text += " Fix: " + r.Problem.Fix
+			between := " "
+			if strings.Contains(text, "\n") { // it ends with a log
+				between = "\n"
+			}
+			text += between + "Fix: " + r.Problem.Fix
 		}
 		p.ErrorInfo = problemError(*r.Problem)
 		p.Statuses = append(p.Statuses, kubernetes.ExtensionState{Code: r.Problem.Code, DisplayStatus: "Failed", Level: "Error", Message: text, Time: o.Status.Time})

@@ -33,9 +33,11 @@ func (s surface) linkerRoutes() []azureapi.Route {
 		row(http.MethodGet, all, wire.Type+"/read", s.list),
 		row(http.MethodGet, one, wire.Type+"/read", s.get),
 		row(http.MethodPut, one, wire.Type+"/write", s.put),
+		row(http.MethodPatch, one, wire.Type+"/write", s.patch),
 		row(http.MethodDelete, one, wire.Type+"/delete", s.delete),
 		row(http.MethodPost, one+"/validatelinker", wire.Type+"/validateLinker/action", s.validate),
 		row(http.MethodPost, one+"/listconfigurations", wire.Type+"/listConfigurations/action", s.configurations),
+		row(http.MethodPost, one+"/generateconfigurations", wire.Type+"/generateConfigurations/action", s.generate),
 		row(http.MethodPost, one+"/rotate", wire.Type+"/rotate/action", s.rotate),
 		row(http.MethodGet, "/subscriptions/{subscription}/providers/microsoft.servicelinker/locations/{location}/operationstatuses/{operation}", azureapi.Authenticated, s.operation),
 		own(http.MethodPost, one+"/desired", s.desired),
@@ -72,6 +74,10 @@ func (s surface) fromWire(id string, p wire.LinkerProperties) (connector.Put, er
 	if out.Target.Word, err = s.word(p.TargetService); err != nil {
 		return out, err
 	}
+	if r := p.TargetService.ResourceProperties; r != nil && r.ConnectAsKubernetesCSIDriver {
+		err = csiDriver(p, &out)
+		return out, err
+	}
 	switch strings.ToLower(p.AuthInfo.AuthType) {
 	case "secret":
 		out.Auth.Type = connector.Secret
@@ -80,14 +86,22 @@ func (s surface) fromWire(id string, p wire.LinkerProperties) (connector.Put, er
 		out.Auth.Type, out.Secret, out.Auth.Given = connector.ServicePrincipal, p.AuthInfo.Secret, &connector.SecretRef{}
 	case "userassignedidentity":
 		out.Auth.Type = connector.WorkloadIdentity
-		if r := p.TargetService.ResourceProperties; r != nil && r.ConnectAsKubernetesCSIDriver {
-			out.Auth.Type = connector.CSIAddOn
-		}
 	default:
 		err = fault.New(fault.Invalid, "InvalidArgument", "The authentication type '%.60s' is not known.", p.AuthInfo.AuthType).At("properties.authInfo.authType").
 			WithFix("secret, servicePrincipalSecret or userAssignedIdentity")
 	}
 	return out, err
+}
+
+// csiDriver reads what is asked for of the CSI driver. It needs no authentication; an
+// identity may be named.
+func csiDriver(p wire.LinkerProperties, out *connector.Put) error {
+	out.Auth.Type, out.Target.Objects = connector.CSIAddOn, p.TargetService.ResourceProperties.Objects
+	if typ := p.AuthInfo.AuthType; typ != "" && !strings.EqualFold(typ, "userAssignedIdentity") {
+		return fault.New(fault.Invalid, "InvalidArgument", "Only one auth info is needed: connectAsKubernetesCsiDriver is one, and '%.60s' is another one.", typ).
+			At("properties.authInfo.authType").WithFix("leave authInfo out, or name an identity with userAssignedIdentity")
+	}
+	return nil
 }
 
 // word finds the target's word: as given, or by the type of its id.
@@ -130,7 +144,7 @@ func (s surface) secretInfo(p wire.LinkerProperties, out *connector.Put) error {
 	case "keyvaultsecreturi":
 		ref, err := s.Locate(i.Value)
 		if err != nil {
-			return fault.New(fault.Invalid, "InvalidArgument", "'%.200s' is not the URL of a secret of this server.", i.Value).At("properties.authInfo.secretInfo.value").Because(err)
+			return fault.New(fault.Invalid, "InvalidArgument", "The value is not the URL of a secret of this server.").At("properties.authInfo.secretInfo.value").Because(err)
 		}
 		out.Auth.Given = &ref
 		return nil
@@ -165,8 +179,11 @@ func (s surface) toWire(r *azureapi.Request, o *connector.Object) (wire.Linker, 
 	if !o.Deleting.IsZero() {
 		p.ProvisioningState = "Deleting"
 	}
+	if c.Auth.Type == connector.CSIAddOn {
+		p.TargetService.ResourceProperties = &wire.ResourceProperties{Type: "KeyVault", ConnectAsKubernetesCSIDriver: true, Objects: c.Target.Objects}
+	}
 	names := c.Objects()
-	p.KubernetesResourceName = &wire.ResourceNames{Secret: names.Secret, ServiceAccount: names.ServiceAccount}
+	p.KubernetesResourceName = &wire.ResourceNames{Secret: names.Secret, ServiceAccount: names.ServiceAccount, SecretProviderClass: names.ProviderClass}
 	if k := st.Credential; k.Secret.Name != "" {
 		p.Credential = &wire.Credential{User: k.User, Made: k.Role != "", Vault: k.Secret.Vault, Secret: k.Secret.Name, Version: k.Secret.Version, Created: k.Created}
 	}
@@ -225,6 +242,11 @@ func (s surface) put(r *azureapi.Request) (*azureapi.Reply, error) {
 		return nil, err
 	}
 	want.FailIfBusy = strings.EqualFold(r.Query("ifBusy"), "fail")
+	return s.change(r, want)
+}
+
+// change makes a connection what is wanted, and tells how that goes on.
+func (s surface) change(r *azureapi.Request, want connector.Put) (*azureapi.Reply, error) {
 	o, created, err := s.Connections.Put(r.Context(), want)
 	if err != nil {
 		return nil, err
@@ -236,7 +258,7 @@ func (s surface) put(r *azureapi.Request) (*azureapi.Reply, error) {
 	if created {
 		reply.Status = http.StatusCreated
 	}
-	return reply.With("Azure-AsyncOperation", s.operationURL(r, o, connector.OpPut, 0)).With("Retry-After", "1"), nil
+	return reply.With("Azure-AsyncOperation", s.operationURL(r, o.UID, connector.OpPut, 0, o.Spec.ID)).With("Retry-After", "1"), nil
 }
 
 func (s surface) delete(r *azureapi.Request) (*azureapi.Reply, error) {
@@ -247,7 +269,7 @@ func (s surface) delete(r *azureapi.Request) (*azureapi.Reply, error) {
 	if o == nil {
 		return azureapi.Status(http.StatusNoContent), nil
 	}
-	u := s.operationURL(r, o, connector.OpDelete, 0)
+	u := s.operationURL(r, o.UID, connector.OpDelete, 0, o.Spec.ID)
 	return azureapi.Accepted(u, "1").With("Azure-AsyncOperation", u), nil
 }
 
@@ -256,14 +278,14 @@ func (s surface) rotate(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := s.operationURL(r, o, connector.OpRotate, o.Spec.Rotations)
+	u := s.operationURL(r, o.UID, connector.OpRotate, o.Spec.Rotations, o.Spec.ID)
 	return azureapi.Accepted(u, "1").With("Azure-AsyncOperation", u), nil
 }
 
 // operationURL is where an operation is looked at. Its name says all about it, so
 // nothing has to be kept.
-func (s surface) operationURL(r *azureapi.Request, o *connector.Object, kind string, n int64) string {
-	name := o.UID + "*" + base64.RawURLEncoding.EncodeToString([]byte(kind+" "+strconv.FormatInt(n, 10)+" "+o.Spec.ID))
+func (s surface) operationURL(r *azureapi.Request, uid, kind string, n int64, id string) string {
+	name := uid + "*" + base64.RawURLEncoding.EncodeToString([]byte(kind+" "+strconv.FormatInt(n, 10)+" "+id))
 	return fmt.Sprintf("%s/subscriptions/%s/providers/Microsoft.ServiceLinker/locations/global/operationStatuses/%s?api-version=%s", r.BaseURL(), r.Param("subscription"), name, r.Version)
 }
 
@@ -275,6 +297,9 @@ func (s surface) operation(r *azureapi.Request) (*azureapi.Reply, error) {
 	if !ok || err != nil {
 		return nil, notFound
 	}
+	if uid == opDiagnose {
+		return s.diagnosis(r, string(text))
+	}
 	parts := strings.SplitN(string(text), " ", 3)
 	if len(parts) != 3 {
 		return nil, notFound
@@ -282,6 +307,9 @@ func (s surface) operation(r *azureapi.Request) (*azureapi.Reply, error) {
 	n, err := strconv.ParseInt(parts[1], 10, 64)
 	if err != nil {
 		return nil, notFound
+	}
+	if parts[0] == dryrunOperation {
+		return s.dryrunDone(r, name, parts[2], uid)
 	}
 	op, err := s.Connections.Operation(r.Context(), parts[0], parts[2], uid, n)
 	if err != nil {
@@ -330,15 +358,7 @@ func (s surface) configurations(r *azureapi.Request) (*azureapi.Reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := wire.SourceConfigurations{Configurations: []wire.SourceConfiguration{}}
-	for _, v := range env {
-		about := ""
-		if v.Secret {
-			about = "A credential: it is in the cluster's Secret and in the vault."
-		}
-		out.Configurations = append(out.Configurations, wire.SourceConfiguration{Name: v.Name, Value: v.Value, ConfigType: "Default", Description: about})
-	}
-	return azureapi.OK(out), nil
+	return azureapi.OK(configurationsToWire(env)), nil
 }
 
 func (s surface) desired(r *azureapi.Request) (*azureapi.Reply, error) {

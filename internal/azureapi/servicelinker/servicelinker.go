@@ -2,12 +2,13 @@
 // Microsoft.ServiceLinker/linkers on a cluster, the servers on which Keyfleet makes
 // logins, and the catalogue of names that workloads get.
 //
-//	PUT, GET, DELETE CLUSTER/providers/Microsoft.ServiceLinker/linkers/{name}
-//	POST .../validateLinker, /listConfigurations, and Keyfleet's own /rotate
+//	PUT, PATCH, GET, DELETE CLUSTER/providers/Microsoft.ServiceLinker/linkers/{name}
+//	POST .../validateLinker, /listConfigurations, /generateConfigurations, and Keyfleet's own /rotate and /diagnose, which extensions have, too
+//	PUT, PATCH, GET, DELETE CLUSTER/providers/Microsoft.ServiceLinker/dryruns/{name}
 //	GET  .../locations/{location}/operationStatuses/{operation}
 //	PUT, GET, DELETE .../Microsoft.DBforPostgreSQL/flexibleServers/{name}   and three more types: a registered server
 //	GET  /providers/Microsoft.ServiceLinker/configurationNames?$filter=TargetService eq 'X' and AuthType eq 'Y' and ClientType eq 'Z'
-//	POST, PUT /keyfleet/v1/CLUSTER/.../linkers/{name}/desired, /report      for managers
+//	POST, PUT /keyfleet/v1/CLUSTER/.../linkers/{name}/desired, /report, /sight      for managers
 //
 // Invariant: no credential is in any answer but that of /desired, which is recorded.
 // An operation's name says all about it, and its state is found by looking.
@@ -51,7 +52,7 @@ func Routes(cfg Config) []azureapi.Route {
 		Surface: azureapi.ARM, Method: http.MethodGet, Path: "/providers/microsoft.servicelinker/configurationnames", Versions: versions,
 		Action: azureapi.Authenticated, Handle: s.names,
 	}
-	return slices.Concat(s.linkerRoutes(), s.extensionRoutes(), s.serverRoutes(), []azureapi.Route{names})
+	return slices.Concat(s.linkerRoutes(), s.dryrunRoutes(), s.extensionRoutes(), s.diagnoseRoutes(), s.serverRoutes(), []azureapi.Route{names})
 }
 
 type surface struct {
