@@ -76,6 +76,7 @@ func (w *world) secondSampleJob(t *testing.T) {
 			t.Errorf("it has %s, though its pod has no label", name)
 		}
 	}
+	w.refused(t, []string{"connection", "diagnose", "kv", "--cluster", "prod"}, "LabelMisplaced", "Job default/sc-sample-job", "spec.template.metadata.labels")
 }
 
 func (w *world) correctedSampleJob(t *testing.T) {

@@ -96,6 +96,10 @@ func (s surface) putExtension(r *azureapi.Request) (*azureapi.Reply, error) {
 		return nil, fault.New(fault.Invalid, "InvalidArgument", "The extension has no protected setting %.60s: what is secret of a connection never goes through the extension.", name).
 			At("properties.configurationProtectedSettings." + name).WithFix("make the connection: keyfleet connection create")
 	}
+	if _, ok := p.Settings["image"]; ok { // the operator may read every Secret: what runs as it is not for whoever may write an extension
+		return nil, fault.New(fault.Invalid, "InvalidArgument", "The image of the extension is not a setting: whoever runs the manager says which it is.").
+			At("properties.configurationSettings.image").WithFix("start the server with --connector-image, or the manager with --image")
+	}
 	if p.Scope != nil && (p.Scope.Namespace != nil || p.Scope.Cluster != nil && p.Scope.Cluster.ReleaseNamespace != "" && p.Scope.Cluster.ReleaseNamespace != "sc-system") {
 		return nil, fault.New(fault.Invalid, "InvalidArgument", "The extension is for the whole cluster, in the namespace sc-system.").At("properties.scope")
 	}
