@@ -29,7 +29,7 @@ test: ## everything; SHORT=1 leaves out what takes minutes
 
 test-deep: ## rotate-certs on real clusters with every fault at every place, as root; takes hours
 	@$(GO) run ./test/bed/cmd/bed prepare
-	@KEYFLEET_TEST_DEEP=1 CGO_ENABLED=0 $(GO) test -count=1 -v -timeout 8h ./test/rotation
+	@KEYFLEET_TEST_DEEP=1 CGO_ENABLED=0 $(GO) test -count=1 -v -p 1 -timeout 8h ./test/rotation ./test/connector
 
 cluster: ## a real Kubernetes cluster on this machine, as root: LAYOUT=kubeadm or aks-engine, MASTERS=3 WORKERS=1
 	@$(GO) build -o bin/bed ./test/bed/cmd/bed
