@@ -26,7 +26,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	"k8s.io/client-go/kubernetes"
 
 	wire "keyfleet.dev/keyfleet/api/kubernetes"
@@ -52,13 +51,14 @@ type Manager struct {
 	Addon func(kubeconfig []byte) (Releases, error)
 
 	logins map[string]connection // by cluster
-	work   sync.WaitGroup        // installations
-	looked map[string]time.Time  // by cluster: when it was last looked at
+	work   sync.WaitGroup        // visits, installations and answers
 
-	lock  sync.Mutex
-	told  map[string]told         // by connection
-	done  map[string]installation // by cluster and extension
-	asked map[string]bool         // questions that are looked into, or were, by their UIDs
+	lock     sync.Mutex
+	looked   map[string]time.Time    // by cluster: when it was last looked at
+	visiting map[string]bool         // clusters where a visit has not ended
+	told     map[string]told         // by connection
+	done     map[string]installation // by cluster and extension
+	asked    map[string]bool         // questions that are looked into, or were, by their UIDs
 }
 
 // told is a report, and when it was made.
@@ -78,7 +78,6 @@ type connection struct {
 const (
 	lookTime    = 8 * time.Second  // for one look; a cluster that takes longer has a problem
 	deliverTime = 30 * time.Second // for the connections of one cluster; the rest waits for the next visit
-	visits      = 16               // clusters that are visited side by side
 )
 
 // Run looks at all clusters every Interval, and brings them their connections as
@@ -92,9 +91,9 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 	tick := time.NewTicker(min(m.Poll, m.Interval))
 	defer tick.Stop()
-	defer m.work.Wait() // they end with ctx
+	defer m.work.Wait() // visits and installations end with ctx
 	for {
-		if err := m.Visit(ctx); err != nil && ctx.Err() == nil {
+		if err := m.visit(ctx); err != nil && ctx.Err() == nil {
 			m.Log.Error("the server cannot be asked for clusters", "error", err)
 		}
 		select {
@@ -105,11 +104,11 @@ func (m *Manager) Run(ctx context.Context) error {
 	}
 }
 
-// Visit goes to all clusters once: to those where it is time to look, and to those
-// with connections.
-func (m *Manager) Visit(ctx context.Context) error {
+// visit asks the server for work and begins it, for each cluster beside all others.
+func (m *Manager) visit(ctx context.Context) error {
 	if m.told == nil {
-		m.told, m.looked, m.done, m.asked = map[string]told{}, map[string]time.Time{}, map[string]installation{}, map[string]bool{}
+		m.told, m.looked, m.done = map[string]told{}, map[string]time.Time{}, map[string]installation{}
+		m.asked, m.visiting = map[string]bool{}, map[string]bool{}
 	}
 	var work wire.Work
 	if err := m.call(ctx, http.MethodGet, "/keyfleet/v1/clusters/work", nil, &work); err != nil {
@@ -130,16 +129,10 @@ func (m *Manager) Visit(ctx context.Context) error {
 	}
 	m.logins = logins
 	m.forget(work)
-	var all errgroup.Group
-	all.SetLimit(visits)
 	for _, a := range work.Clusters {
 		c, open := logins[a.ID]
 		if !open {
 			continue
-		}
-		due := time.Since(m.looked[a.ID]) >= m.Interval
-		if due {
-			m.looked[a.ID] = time.Now()
 		}
 		for _, w := range a.Extensions {
 			m.install(ctx, a.ID, c, w)
@@ -147,19 +140,37 @@ func (m *Manager) Visit(ctx context.Context) error {
 		for _, q := range a.Questions {
 			m.answer(ctx, c, q)
 		}
-		all.Go(func() error {
-			if due {
-				m.see(ctx, a.ID, c.api)
-			}
-			ctx, cancel := context.WithTimeout(ctx, deliverTime)
-			defer cancel()
-			if err := m.deliver(ctx, c.api, a.Connections); err != nil {
-				m.Log.Error("connections cannot be brought to a cluster", "cluster", a.ID, "error", err)
-			}
-			return nil
-		})
+		m.goTo(ctx, c, a)
 	}
-	return all.Wait()
+	return nil
+}
+
+// goTo brings a cluster its connections, and looks at it when that is due. A cluster
+// where the last visit has not ended is left to that.
+func (m *Manager) goTo(ctx context.Context, c connection, a wire.Assignment) {
+	m.lock.Lock()
+	defer m.lock.Unlock()
+	if m.visiting[a.ID] {
+		return
+	}
+	m.visiting[a.ID] = true
+	due := time.Since(m.looked[a.ID]) >= m.Interval
+	if due {
+		m.looked[a.ID] = time.Now()
+	}
+	m.work.Go(func() {
+		if due {
+			m.see(ctx, a.ID, c.api)
+		}
+		delivery, cancel := context.WithTimeout(ctx, deliverTime)
+		defer cancel()
+		if err := m.deliver(delivery, c.api, a.Connections); err != nil && ctx.Err() == nil {
+			m.Log.Error("connections cannot be brought to a cluster", "cluster", a.ID, "error", err)
+		}
+		m.lock.Lock()
+		defer m.lock.Unlock()
+		delete(m.visiting, a.ID)
+	})
 }
 
 // forget drops what is known of connections, and of questions, that are gone.
