@@ -124,6 +124,25 @@ func TestWhatKeepsAConnectionWaiting(t *testing.T) {
 	}
 }
 
+// TestValidateBeforeDelivery: what is under way is a failure, for now, that says what is waited for.
+func TestValidateBeforeDelivery(t *testing.T) {
+	w := newWorld(t)
+	w.register()
+	o := w.put(database("db"))
+	if _, err := (controller{w.Service}).Reconcile(w.system(), w.store, o); err != nil || o.Status.Waiting == "" {
+		t.Fatalf("%+v, %v", o.Status, err)
+	}
+	w.update(func(tx *store.Tx) error { return Connections.PutStatus(tx, o) })
+	v, err := w.Validate(w.system(), o.Spec.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := slices.IndexFunc(v.Findings, func(f Finding) bool { return f.Name == "Delivery" })
+	if i < 0 || v.Available() || v.Findings[i].Code != "Waiting" || !strings.Contains(v.Findings[i].Message, "waits for the cluster to have it") {
+		t.Errorf("%+v", v.Findings)
+	}
+}
+
 // TestFailIfBusy: the refusal says what is running.
 func TestFailIfBusy(t *testing.T) {
 	w := newWorld(t)

@@ -2,6 +2,7 @@ package connector
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"keyfleet.dev/keyfleet/internal/access"
@@ -57,6 +58,10 @@ func (s *Service) Validate(ctx context.Context, linkerID string) (Validation, er
 			p := problemOf(err)
 			if f.Code, f.Message = p.Code, p.Message; p.Fix != "" {
 				f.Message += " Fix: " + p.Fix
+			}
+			var w waiting
+			if errors.As(err, &w) { // it may be right in a moment, and is not now
+				f.Code, f.Message = "Waiting", "The connection waits for "+w.what+"."
 			}
 		}
 		v.Findings = append(v.Findings, f)
