@@ -289,12 +289,6 @@ func (s *Service) In(ctx context.Context, subscription, group string) ([]*Object
 	return Connections.List(s.cfg.Store.View(ctx), strings.ToLower(prefix))
 }
 
-// Of counts the connections of a cluster, in a transaction that would forget it.
-func Of(tx *store.Tx, cluster arm.ID) (int, error) {
-	all, err := Connections.List(tx, strings.ToLower(cluster.StoreKey())+"/")
-	return len(all), err
-}
-
 // Delete asks for the deletion of a connection. keep leaves the cluster's objects.
 // It reports whether there was one.
 func (s *Service) Delete(ctx context.Context, linkerID string, keep bool) (o *Object, err error) {

@@ -15,7 +15,6 @@ import (
 	"keyfleet.dev/keyfleet/api/keyfleet"
 	"keyfleet.dev/keyfleet/internal/access"
 	"keyfleet.dev/keyfleet/internal/cluster"
-	"keyfleet.dev/keyfleet/internal/identity"
 	"keyfleet.dev/keyfleet/internal/store"
 )
 
@@ -145,12 +144,8 @@ func (s *Server) managerLogin(ctx context.Context, st *store.Store) (keyfleet.Ad
 	if err != nil {
 		return keyfleet.Admin{}, err
 	}
-	return s.loginOf(a), nil
-}
-
-func (s *Server) loginOf(a identity.Admin) keyfleet.Admin {
 	return keyfleet.Admin{
 		Endpoints: s.adminEndpoints(), Tenant: a.TenantID, ClientID: a.ClientID, ClientSecret: keyfleet.Secret(a.Secret.Reveal()),
 		CAFile: filepath.Join(s.cfg.DataDir, "ca.crt"),
-	}
+	}, nil
 }

@@ -138,7 +138,14 @@ func (r *registered) putSecret(t *testing.T, vault, name, value string) {
 // managerAccount applies the role that is shipped and returns a token of its account.
 func (r *registered) managerAccount(t *testing.T) string {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(stack.Root(t), "deploy", "manager-role.yaml"))
+	r.applyFile(t, "manager-role.yaml")
+	return r.podToken(t, "keyfleet", "manager", "https://kubernetes.default.svc")
+}
+
+// applyFile makes what a file of the folder deploy says.
+func (r *registered) applyFile(t *testing.T, name string) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(stack.Root(t), "deploy", name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,7 +158,6 @@ func (r *registered) managerAccount(t *testing.T) string {
 			t.Fatalf("%s: %v", kind.Kind, err)
 		}
 	}
-	return r.podToken(t, "keyfleet", "manager", "https://kubernetes.default.svc")
 }
 
 func (r *registered) apply(kind string, text []byte) error {

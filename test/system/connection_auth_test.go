@@ -23,7 +23,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/tools/clientcmd"
-	"sigs.k8s.io/yaml"
 
 	"keyfleet.dev/keyfleet/client"
 	"keyfleet.dev/keyfleet/internal/kube/kubetest"
@@ -286,24 +285,6 @@ func (c *connected) dynamic(t *testing.T) dynamic.Interface {
 		t.Fatal(err)
 	}
 	return d
-}
-
-// applyFile makes what a file of the folder deploy says.
-func (c *connected) applyFile(t *testing.T, name string) {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(stack.Root(t), "deploy", name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, part := range strings.Split(string(text), "\n---\n") {
-		var kind metav1.TypeMeta
-		if err := yaml.Unmarshal([]byte(part), &kind); err != nil {
-			t.Fatal(err)
-		}
-		if err := c.apply(kind.Kind, []byte(part)); err != nil {
-			t.Fatalf("%s: %v", kind.Kind, err)
-		}
-	}
 }
 
 // connectionSays waits until a connection has a state, and its problem is said in these words.
