@@ -97,10 +97,8 @@ func scriptID(s rotation.Script) string {
 
 // runUnit begins or joins the unit, waits for its end and fetches the result.
 func (h *Host) runUnit(ctx context.Context, s rotation.Script, id string) ([]byte, error) {
-	place := assign("unit", s.Unit, "dir", h.work+"/run/"+s.Unit, "work", h.work, "lock", h.work+"/run/lock") + unitCommon
-	runner := assign("dir", h.work+"/run/"+s.Unit) + job(s, h.log, h.work) + unitRunner
-	begun, err := h.ask(ctx, s, "beginning", place+assign("id", id, "token", rand.Text(), "runner", runner,
-		"input", base64.StdEncoding.EncodeToString(s.Input), "environment", environment)+unitBegin)
+	place := h.unitPlace(s)
+	begun, err := h.ask(ctx, s, "beginning", place+h.unitStart(s, id, rand.Text()))
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +106,7 @@ func (h *Host) runUnit(ctx context.Context, s rotation.Script, id string) ([]byt
 	if token == "other" {
 		return nil, h.otherScript(s)
 	}
-	place += assign("token", token, "most", fmt.Sprint(maxOutput))
+	place += unitOf(token)
 	var state []string
 	var end *outcome
 	for len(state) == 0 || state[0] == "running" {
@@ -120,13 +118,27 @@ func (h *Host) runUnit(ctx context.Context, s rotation.Script, id string) ([]byt
 	}
 	if state[0] == "collected" {
 		return nil, fault.New(fault.Conflict, "", "Somebody else waited for %q on %s and has taken its result.", s.Name, h.name).
-			WithFix("look whether another keyfleet runs; its output is in %s there", h.log)
+			WithFix("look whether another keyfleet runs; its output is in %s there", h.log).Because(rotation.ErrResultTaken)
 	}
 	if _, err := h.ask(ctx, s, "clearing away", place+unitClear); err != nil {
 		return nil, err
 	}
 	return h.unitResult(s, state, end)
 }
+
+// unitPlace begins all programs about a unit, unitStart is the one that begins or joins
+// it, and unitOf says which beginning of it the others are about.
+func (h *Host) unitPlace(s rotation.Script) string {
+	return assign("unit", s.Unit, "dir", h.work+"/run/"+s.Unit, "work", h.work, "lock", h.work+"/run/lock") + unitCommon
+}
+
+func (h *Host) unitStart(s rotation.Script, id, token string) string {
+	runner := assign("dir", h.work+"/run/"+s.Unit) + job(s, h.log, h.work) + unitRunner
+	return assign("id", id, "token", token, "runner", runner,
+		"input", base64.StdEncoding.EncodeToString(s.Input), "environment", environment) + unitBegin
+}
+
+func unitOf(token string) string { return assign("token", token, "most", fmt.Sprint(maxOutput)) }
 
 // unitResult makes of the state of a unit what Run returns.
 func (h *Host) unitResult(s rotation.Script, state []string, end *outcome) ([]byte, error) {
@@ -242,7 +254,18 @@ echo "$code $took" >"$dir/status.new" && sync -- "$dir/status.new" && mv "$dir/s
 `
 
 // unitWait waits ten seconds and no longer, so that a dead connection is noticed.
-const unitWait = `i=0
+// Another waiter may clear the folder away at any time, so the result is what was
+// open when the token was still ours.
+const unitWait = `ended() {
+	is token "$token" && read -r code took <&3 || return 1
+	size=$(stat -L -c %s /dev/fd/4)
+	echo "ended $code $took $size"
+	tail -c 16384 <&5 >&6
+	[ "$code" = 0 ] || full 2>&6
+	[ "$size" -gt "$most" ] || cat <&4
+}
+exec 6>&2
+i=0
 while is token "$token" && held; do
 	i=$((i + 1))
 	if [ "$i" -gt 100 ]; then
@@ -251,17 +274,13 @@ while is token "$token" && held; do
 	fi
 	sleep 0.1
 done
-if ! is token "$token"; then
-	echo collected
-elif [ -s "$dir/status" ]; then
-	size=$(wc -c <"$dir/stdout")
-	echo "ended $(cat "$dir/status") $size"
-	tail -c 16384 "$dir/stderr" >&2
-	case $(cat "$dir/status") in 0\ *) ;; *) full ;; esac
-	[ "$size" -gt "$most" ] || cat "$dir/stdout"
-else
+if { ended 3<"$dir/status" 4<"$dir/stdout" 5<"$dir/stderr"; } 2>/dev/null; then
+	exit 0
+elif is token "$token"; then
 	echo died
 	full
+else
+	echo collected
 fi
 `
 

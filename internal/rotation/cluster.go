@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
 	"io/fs"
 	"net"
@@ -23,7 +24,8 @@ type Host interface {
 	Name() string
 	// Run runs a script and returns what it printed on standard output. An exit
 	// status other than 0 is a *ScriptError. If ctx ends or the connection is
-	// lost, a script that Finishes goes on to its end on the machine.
+	// lost, a script that Finishes goes on to its end on the machine. Each result of
+	// one is returned to one process: another that waited for it gets [ErrResultTaken].
 	Run(ctx context.Context, s Script) ([]byte, error)
 	// Put writes a file with owner root and the mode, atomically: beside it,
 	// synced, its hash compared, renamed. Missing folders are made with mode 0700.
@@ -47,6 +49,10 @@ type Script struct {
 	// Quiet keeps the output out of the machine's log: for scripts that only look.
 	Quiet bool
 }
+
+// ErrResultTaken says that a script has come to its end, and that another process,
+// which waited for it too, knows how.
+var ErrResultTaken = errors.New("another process has taken the result of the script")
 
 // ScriptError is the failure of a script.
 type ScriptError struct {

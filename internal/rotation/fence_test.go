@@ -10,11 +10,12 @@ import (
 )
 
 // refusing is a machine on which a script was begun by a runner that was replaced: who
-// waits for it is told of the fence as often as refusals says. ours says whose the lock is.
+// waits for it is told of the fence as often as refusals says, and then, if taken, that
+// the other has the result. ours says whose the lock is.
 type refusing struct {
-	refusals int
-	ours     bool
-	runs     *int
+	refusals    int
+	taken, ours bool
+	runs        *int
 }
 
 func (refusing) Name() string { return "master-0" }
@@ -31,6 +32,9 @@ func (f refusing) Run(_ context.Context, s Script) ([]byte, error) {
 	if *f.runs++; *f.runs <= f.refusals {
 		return nil, &ScriptError{Status: fencedStatus}
 	}
+	if f.taken {
+		return nil, fault.New(fault.Conflict, "Taken", "Somebody else has the result.").Because(ErrResultTaken)
+	}
 	return []byte("done"), nil
 }
 
@@ -40,18 +44,21 @@ func TestFenceOfAnotherRunnerIsNotOurs(t *testing.T) {
 	for _, tc := range []struct {
 		reason   string
 		refusals int
+		taken    bool
 		ours     bool
 		finishes bool
 		runs     int
 		code     string
 	}{
-		{"begun by the runner that we replaced", 1, true, true, 2, ""},
-		{"we were replaced", 9, false, true, 1, "TakenOver"},
-		{"again and again", 9, true, true, 3, "TakenOver"},
-		{"a script that nobody else waits for", 1, true, false, 1, "TakenOver"},
+		{"begun by the runner that we replaced", 1, false, true, true, 2, ""},
+		{"we were replaced", 9, false, false, true, 1, "TakenOver"},
+		{"again and again", 9, false, true, true, 3, "TakenOver"},
+		{"a script that nobody else waits for", 1, false, true, false, 1, "TakenOver"},
+		{"we were replaced, and the other has the result", 0, true, false, true, 1, "TakenOver"},
+		{"the runner that we replaced has the result", 0, true, true, true, 1, "Taken"},
 	} {
 		runs := 0
-		e := &Engine{Layout: Kubeadm(), Hosts: map[string]Host{"master-0": refusing{tc.refusals, tc.ours, &runs}}}
+		e := &Engine{Layout: Kubeadm(), Hosts: map[string]Host{"master-0": refusing{tc.refusals, tc.taken, tc.ours, &runs}}}
 		_, err := e.change(t.Context(), "master-0", Script{Name: "x", Text: "y", Finishes: tc.finishes})
 		code := ""
 		if err != nil {

@@ -47,8 +47,20 @@ func (e *Engine) restarted(ctx context.Context, s Step, at Stage) (bool, error) 
 	return true, nil
 }
 
-// restart restarts components of a machine so that they run as at the stage.
+// restart restarts components of a machine so that they run as at the stage. Where the
+// runner that we replaced waited too and knows how it ended, we look.
 func (e *Engine) restart(ctx context.Context, s Step, at Stage) error {
+	err := e.restartNow(ctx, s, at)
+	if !errors.Is(err, ErrResultTaken) {
+		return err
+	}
+	if ok, failed := e.restarted(ctx, s, at); failed != nil || ok {
+		return failed
+	}
+	return err
+}
+
+func (e *Engine) restartNow(ctx context.Context, s Step, at Stage) error {
 	m := e.Observed.machine(s.Node)
 	if m.OS == windowsOS {
 		return e.restartServices(ctx, s)

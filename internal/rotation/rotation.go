@@ -257,22 +257,40 @@ func (e *Engine) change(ctx context.Context, node string, s Script) ([]byte, err
 			out, err = e.Hosts[node].Run(ctx, s)
 			return err
 		})
-		var failed *ScriptError
-		if !errors.As(err, &failed) || failed.Status != fencedStatus {
+		taken := errors.Is(err, ErrResultTaken)
+		if !taken && !metFence(err) {
 			return out, err
 		}
-		// What we waited for may have been begun by the runner that we replaced, and met
-		// the fence in its name.
-		if !s.Finishes || again == 2 || !e.holds(ctx, node) {
+		// What we waited for may have been begun by the runner that we replaced: then it
+		// met the fence in that one's name, or that one has the result.
+		ours := false
+		if s.Finishes && again < 2 {
+			var failed error
+			if ours, failed = e.holds(ctx, node); failed != nil {
+				return nil, failed
+			}
+		}
+		if !ours {
 			return nil, fault.New(fault.Conflict, "TakenOver", "Another runner has taken over this rotation on %s.", node).WithFix("leave it to that one, or run this command again")
+		}
+		if taken {
+			return nil, err
 		}
 	}
 }
 
 // holds reports whether we are the runner of a machine.
-func (e *Engine) holds(ctx context.Context, node string) bool {
+func (e *Engine) holds(ctx context.Context, node string) (bool, error) {
 	_, err := e.Hosts[node].Run(ctx, Script{Name: "look at the lock", Text: fence, Args: []string{e.dirOn(node), e.token}, Quiet: true})
-	return err == nil
+	if metFence(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func metFence(err error) bool {
+	var failed *ScriptError
+	return errors.As(err, &failed) && failed.Status == fencedStatus
 }
 
 // Describe writes the plan for people.

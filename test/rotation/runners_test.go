@@ -12,11 +12,12 @@ import (
 // takenOver is a rotation by two runners. The first is at work, in the phase
 // switch, when a second one comes: it is refused, and goes on in the first one's
 // place when it is told to. The first then fails with its next step and changes
-// nothing more. The second one dies at a point and leaves the rest to others.
+// nothing more. As it was about to restart the API server, both mostly wait for one
+// restart. The second one dies at a point and leaves the rest to others.
 func (c *cluster) takenOver(t *testing.T, by *cluster, dies func() string) {
 	c, by = c.in(t), by.in(t)
 	a := c.start(nil, "--restart-pods")
-	a.await("done   switch: prove that the new is served")
+	a.await("done   switch: place admin.conf")
 	a.signal(syscall.SIGSTOP) // its machine is slow: what it does next it does after it was replaced
 	run := c.runName()
 
