@@ -72,7 +72,7 @@ type Workload struct {
 	Causes  []Problem `json:"causes,omitempty"`  // why its pods do not start or run, the first one first
 }
 
-// Use is a Job, a Deployment or a Pod that names a Secret or a ServiceAccount of a
+// Use is a Pod, or a workload that makes Pods, which names a Secret or a ServiceAccount of a
 // connection. The label is azure.workload.identity/use: "true".
 type Use struct {
 	Kind      string `json:"kind"`

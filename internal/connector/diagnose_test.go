@@ -134,6 +134,8 @@ func TestMisuse(t *testing.T) {
 		"label on both":        {use: wire.Use{Kind: "Job", Secret: true, Account: account, Label: true, PodLabel: true}},
 		"the documentation's":  {wire.Use{Kind: "Job", Secret: true, Account: account, Label: true}, "LabelMisplaced", "failure", []string{"Job shop/x", "spec.template.metadata.labels", "kubectl replace --force"}},
 		"on a Deployment":      {wire.Use{Kind: "Deployment", Account: account, Label: true}, "LabelMisplaced", "failure", []string{"kubectl -n shop patch deployment x"}},
+		"on a StatefulSet":     {wire.Use{Kind: "StatefulSet", Account: account}, "LabelMissing", "failure", []string{"kubectl -n shop patch statefulset x"}},
+		"on a CronJob":         {wire.Use{Kind: "CronJob", Account: account, Label: true}, "LabelMisplaced", "failure", []string{"under spec.jobTemplate.spec.template.metadata.labels", `{"spec":{"jobTemplate":{"spec":{"template":{"metadata":{"labels":{"azure.workload.identity/use":"true"}}}}}}}`}},
 		"no label":             {wire.Use{Kind: "Job", Account: account}, "LabelMissing", "failure", []string{"spec.template.metadata.labels"}},
 		"no label on a Pod":    {wire.Use{Kind: "Pod", Account: account}, "LabelMissing", "failure", []string{"under metadata.labels"}},
 		"no account":           {wire.Use{Kind: "Job", Secret: true, PodLabel: true}, "AccountNotUsed", "failure", []string{"ServiceAccount default", "serviceAccountName: " + account}},

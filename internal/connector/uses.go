@@ -2,6 +2,7 @@ package connector
 
 import (
 	"fmt"
+	"strings"
 
 	wire "keyfleet.dev/keyfleet/api/kubernetes"
 )
@@ -40,9 +41,9 @@ func consumers(o observation) []wire.Finding {
 	}
 	n := len(o.sight.Consumers) + o.sight.MoreConsumers
 	if n == 0 {
-		return good(name, "cluster", "", "No Job, Deployment or Pod of the namespace names the connection's Secret or ServiceAccount.")
+		return good(name, "cluster", "", "No workload and no Pod of the namespace names the connection's Secret or ServiceAccount.")
 	}
-	return good(name, "cluster", "", "%d Jobs, Deployments and Pods use the connection, and nothing about them is wrong.", n)
+	return good(name, "cluster", "", "%d workloads and Pods use the connection, and nothing about them is wrong.", n)
 }
 
 // webhook says whether there is one; nil: there is.
@@ -67,8 +68,10 @@ func misuse(u wire.Use, account string, webhook bool) (f wire.Finding, wrong boo
 	f = wire.Finding{Name: object, Result: wire.Failure, Problem: wire.Problem{Layer: "cluster", Object: object}}
 	where, again := "spec.template.metadata.labels", "make it anew: kubectl replace --force -f FILE"
 	switch u.Kind {
-	case "Deployment":
-		again = fmt.Sprintf(`kubectl -n %s patch deployment %s --type merge -p '{"spec":{"template":{"metadata":{"labels":{"azure.workload.identity/use":"true"}}}}}'`, u.Namespace, u.Name)
+	case "Deployment", "StatefulSet", "DaemonSet":
+		again = labelPods(u, `{"spec":{"template":{"metadata":{"labels":%s}}}}`)
+	case "CronJob":
+		where, again = "spec.jobTemplate.spec.template.metadata.labels", labelPods(u, `{"spec":{"jobTemplate":{"spec":{"template":{"metadata":{"labels":%s}}}}}}`)
 	case "Pod":
 		where = "metadata.labels"
 	}
@@ -97,6 +100,11 @@ func misuse(u wire.Use, account string, webhook bool) (f wire.Finding, wrong boo
 		return f, false
 	}
 	return f, true
+}
+
+// labelPods is the command that puts the label on the pods of a workload.
+func labelPods(u wire.Use, patch string) string {
+	return fmt.Sprintf(`kubectl -n %s patch %s %s --type merge -p '%s'`, u.Namespace, strings.ToLower(u.Kind), u.Name, fmt.Sprintf(patch, `{"azure.workload.identity/use":"true"}`))
 }
 
 func orDefault(account string) string {

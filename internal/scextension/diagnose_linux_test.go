@@ -160,6 +160,21 @@ func (b *bed) workloads(t *testing.T, d wire.Desired) {
 		ObjectMeta: metav1.ObjectMeta{Name: "web", Labels: label},
 		Spec:       apps.DeploymentSpec{Selector: &metav1.LabelSelector{MatchLabels: app}, Template: core.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: app}, Spec: mounts}},
 	}, metav1.CreateOptions{}))(t)
+	template := core.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: app}, Spec: mounts}
+	must(b.api.AppsV1().StatefulSets("shop").Create(t.Context(), &apps.StatefulSet{
+		ObjectMeta: metav1.ObjectMeta{Name: "queue", Labels: label}, Spec: apps.StatefulSetSpec{Selector: &metav1.LabelSelector{MatchLabels: app}, Template: template},
+	}, metav1.CreateOptions{}))(t)
+	must(b.api.AppsV1().DaemonSets("shop").Create(t.Context(), &apps.DaemonSet{
+		ObjectMeta: metav1.ObjectMeta{Name: "agent"}, Spec: apps.DaemonSetSpec{Selector: &metav1.LabelSelector{MatchLabels: app}, Template: template},
+	}, metav1.CreateOptions{}))(t)
+	nightly := must(b.api.BatchV1().CronJobs("shop").Create(t.Context(), &batch.CronJob{
+		ObjectMeta: metav1.ObjectMeta{Name: "nightly", Labels: label},
+		Spec:       batch.CronJobSpec{Schedule: "0 3 * * *", JobTemplate: batch.JobTemplateSpec{Spec: batch.JobSpec{Template: core.PodTemplateSpec{Spec: spec(d.ServiceAccount.Name)}}}},
+	}, metav1.CreateOptions{}))(t)
+	must(b.api.BatchV1().Jobs("shop").Create(t.Context(), &batch.Job{
+		ObjectMeta: metav1.ObjectMeta{Name: "nightly-1", OwnerReferences: []metav1.OwnerReference{*metav1.NewControllerRef(nightly, batch.SchemeGroupVersion.WithKind("CronJob"))}},
+		Spec:       batch.JobSpec{Template: core.PodTemplateSpec{Spec: spec(d.ServiceAccount.Name)}},
+	}, metav1.CreateOptions{}))(t)
 	eventually(t, "there is a default ServiceAccount", func() bool {
 		_, err := b.api.CoreV1().ServiceAccounts("shop").Get(t.Context(), "default", metav1.GetOptions{})
 		return err == nil
@@ -170,6 +185,9 @@ func (b *bed) workloads(t *testing.T, d wire.Desired) {
 		"Job corrected":     {Secret: true, Account: d.ServiceAccount.Name, Label: true, PodLabel: true}, // a Job without labels gets those of its pods
 		"Job variables":     {Secret: true},
 		"Deployment web":    {Secret: true, Account: d.ServiceAccount.Name, Label: true},
+		"StatefulSet queue": {Secret: true, Account: d.ServiceAccount.Name, Label: true},
+		"DaemonSet agent":   {Secret: true, Account: d.ServiceAccount.Name},
+		"CronJob nightly":   {Secret: true, Account: d.ServiceAccount.Name, Label: true}, // and not its Job
 		"Pod bare":          {Secret: true, Account: d.ServiceAccount.Name, PodLabel: true},
 	}
 	var s wire.Sight
