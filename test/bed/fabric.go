@@ -139,7 +139,7 @@ func (b *builder) openDoor(ctx context.Context) error {
 
 // knock waits for the greeting of sshd behind the door.
 func (b *builder) knock(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	for {
 		err := b.greeting(ctx)
@@ -164,7 +164,7 @@ func (b *builder) greeting(ctx context.Context) error {
 }
 
 func readGreeting(conn net.Conn) error {
-	_ = conn.SetDeadline(time.Now().Add(3 * time.Second)) // a fresh connection takes a deadline
+	_ = conn.SetDeadline(time.Now().Add(10 * time.Second)) // a fresh connection takes a deadline
 	buf := make([]byte, 4)
 	if _, err := conn.Read(buf); err != nil {
 		return fmt.Errorf("waiting for the greeting of sshd: %w", err)

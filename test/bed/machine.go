@@ -128,8 +128,9 @@ func (b *builder) boot(n Node) error {
 
 // awaitMachine waits until sshd and containerd answer.
 func (b *builder) awaitMachine(ctx context.Context, n Node) error {
-	const within = 90 * time.Second
-	ready := "systemctl is-active --quiet ssh containerd && ctr version >/dev/null"
+	const within = 3 * time.Minute
+	// One by one: is-active is content with one of those it is asked for.
+	ready := "systemctl is-active --quiet ssh && systemctl is-active --quiet containerd && ctr version >/dev/null"
 	if err := b.until(ctx, within, n.Name, "boot", ready); err != nil {
 		log, _ := os.ReadFile(b.logFile(n.Name)) // what systemd printed
 		return &StepError{Machine: n.Name, Step: "boot", Log: tail(string(log), 25), Err: err}

@@ -52,7 +52,7 @@ func (b *builder) startServices(ctx context.Context) error {
 }
 
 func (b *builder) awaitRegistry(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	transport := &http.Transport{DialContext: b.Dial}
 	defer transport.CloseIdleConnections()

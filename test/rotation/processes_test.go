@@ -151,10 +151,10 @@ func (p *processes) findsSecrets(t *testing.T, c *cluster) {
 	there := make(chan struct{})
 	go func() {
 		defer close(there)
-		c.in(t).sh("worker-0", "timeout 5 sh -c 'mkfifo /tmp/canary; read -r end </tmp/canary' canary '"+token+"' || true; rm -f /tmp/canary")
+		c.in(t).sh("worker-0", "timeout 90 sh -c 'mkfifo /tmp/canary; read -r end </tmp/canary' canary '"+token+"' || true; rm -f /tmp/canary")
 	}()
 	found := map[string]string{}
-	for end := time.Now().Add(10 * time.Second); len(found) < 2 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); len(found) < 2 && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		for what, line := range p.wrong() {
 			if strings.Contains(line, "canary") {
 				found[what[:4]] = line
@@ -166,6 +166,7 @@ func (p *processes) findsSecrets(t *testing.T, c *cluster) {
 	}
 	_ = hold.Close()
 	_ = here.Wait()
+	c.in(t).sh("worker-0", "timeout 5 sh -c 'echo end >/tmp/canary' || true")
 	<-there
 	p.wrong() // those were ours
 }
