@@ -255,6 +255,21 @@ func TestVariables(t *testing.T) {
 			map[string]string{"AZURE_POSTGRESQL_CONNECTIONSTRING": "jdbc:postgresql://db.shop.svc:15432/shop?sslmode=require&user=sc_web_a&password=a%26b%20c"},
 		},
 		{
+			"an IPv6 address in a URL",
+			Request{Target: "postgres-flexible", Client: "java", Values: with("host", "fd00::5", "password", "p")},
+			map[string]string{"AZURE_POSTGRESQL_CONNECTIONSTRING": "jdbc:postgresql://[fd00::5]:15432/shop?sslmode=require&user=sc_web_a&password=p"},
+		},
+		{
+			"an IPv6 address in a conninfo",
+			Request{Target: "postgres-flexible", Client: "python", Values: with("host", "fd00::5", "password", "p")},
+			map[string]string{"AZURE_POSTGRESQL_CONNECTIONSTRING": "dbname=shop host=fd00::5 port=15432 sslmode=require user=sc_web_a password=p"},
+		},
+		{
+			"an IPv6 address in a DSN",
+			Request{Target: "mysql-flexible", Client: "go", Values: with("host", "fd00::5", "port", "3306", "password", "p")},
+			map[string]string{"AZURE_MYSQL_CONNECTIONSTRING": "sc_web_a:p@tcp([fd00::5]:3306)/shop?tls=true"},
+		},
+		{
 			"ADO.NET is quoted",
 			Request{Target: "postgres-flexible", Client: "dotnet", Values: with("password", `a;b"c`)},
 			map[string]string{"AZURE_POSTGRESQL_CONNECTIONSTRING": `Server=db.shop.svc;Database=shop;Port=15432;Ssl Mode=Require;User Id=sc_web_a;Password="a;b""c";`},

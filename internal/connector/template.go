@@ -30,16 +30,26 @@ type part struct {
 // documentation shows.
 func escapes(place string) func(string) string {
 	return map[string]func(string) string{
-		"url":      percent,
-		"conninfo": conninfo,
-		"adonet":   adonet,
-		"jaas":     jaas,
-		"braces":   braces,
+		"url":       percent,
+		"authority": authority,
+		"conninfo":  conninfo,
+		"adonet":    adonet,
+		"jaas":      jaas,
+		"braces":    braces,
 	}[place]
 }
 
 // percent escapes a value for any part of a URL.
 func percent(s string) string { return strings.ReplaceAll(url.QueryEscape(s), "+", "%20") }
+
+// authority writes a host as it stands before ":port" (RFC 3986, 3.2.2): an IPv6
+// address is in brackets.
+func authority(s string) string {
+	if strings.Contains(s, ":") && !strings.HasPrefix(s, "[") {
+		return "[" + s + "]"
+	}
+	return s
+}
 
 // conninfo quotes a value of a libpq connection string.
 func conninfo(s string) string {
