@@ -1,10 +1,12 @@
 package audit
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,10 +42,18 @@ func TestMain(m *testing.M) {
 }
 
 // durable is the memory backend with a journal: one line a commit, replayed on
-// open, so that revisions are the same again.
+// open, so that revisions are the same again. A commit is in the journal before
+// anybody can see it: the process may be killed by another of its goroutines.
 type durable struct {
 	*store.Memory
+	mu      sync.Mutex // held over a commit, so that the journal has them in their order
 	journal *os.File
+}
+
+// commit is a line of the journal. One that met a conflict meets it again.
+type commit struct {
+	Guards []store.Guard
+	Writes []store.Write
 }
 
 func openDurable(path string) (*durable, error) {
@@ -51,38 +62,43 @@ func openDurable(path string) (*durable, error) {
 		return nil, err
 	}
 	d := &durable{Memory: store.NewMemory(), journal: f}
-	s := bufio.NewScanner(f)
-	s.Buffer(nil, 1<<20)
-	for s.Scan() {
-		var w []store.Write
-		if err := json.Unmarshal(s.Bytes(), &w); err != nil {
+	text, err := io.ReadAll(f)
+	if err != nil {
+		return nil, err
+	}
+	whole := bytes.LastIndexByte(text, '\n') + 1 // what follows was being written when it died
+	if err := f.Truncate(int64(whole)); err != nil {
+		return nil, err
+	}
+	for line := range bytes.Lines(text[:whole]) {
+		var c commit
+		if err := json.Unmarshal(line, &c); err != nil {
 			return nil, err
 		}
-		if _, err := d.Memory.Commit(context.Background(), nil, w); err != nil {
+		if _, err := d.Memory.Commit(context.Background(), c.Guards, c.Writes); err != nil && !errors.Is(err, store.ErrConflict) {
 			return nil, err
 		}
 	}
-	return d, s.Err()
+	return d, nil
 }
 
-// Commit is killed before or after, never inside: the store's effect surrounds it.
 func (d *durable) Commit(ctx context.Context, g []store.Guard, w []store.Write) (int64, error) {
-	rev, err := d.Memory.Commit(ctx, g, w)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	line, err := json.Marshal(commit{g, w})
 	if err != nil {
 		return 0, err
 	}
-	line, err := json.Marshal(w)
-	if err != nil {
+	if _, err := d.journal.Write(append(line, '\n')); err != nil {
 		return 0, err
 	}
-	_, err = d.journal.Write(append(line, '\n'))
-	return rev, err
+	return d.Memory.Commit(context.WithoutCancel(ctx), g, w)
 }
 
 // child makes what is missing of the changes and reads, writes each confirmed
 // read to a file, and ends when all records are exported.
 func child(dir string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	d, err := openDurable(filepath.Join(dir, "store"))
 	if err != nil {
