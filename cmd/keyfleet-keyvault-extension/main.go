@@ -54,7 +54,7 @@ func run(args []string) int {
 	flags.StringVar(&o.Base, "base", "", "the package's `folder`, with HandlerEnvironment.json")
 	flags.StringVar(&o.Sequence, "sequence", "0", "`number` of the settings file")
 	flags.StringVar(&o.Key, "key", "", "set by the enable command")
-	flags.BoolVar(&o.Ready, "ready", false, "set by the enable command")
+	flags.BoolVar(&o.HandedOver, "handed-over", false, "set by the enable command")
 	if err := flags.Parse(args); err != nil || o.Base == "" {
 		return usage()
 	}

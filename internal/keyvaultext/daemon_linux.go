@@ -20,7 +20,9 @@ import (
 
 // The service holds an exclusive lock on lockName in the state folder while it
 // lives; the file says who it is. A lock ends with its process, so it never
-// needs cleaning.
+// needs cleaning. The enable command takes it and hands it over to the service that
+// it starts: there is no moment in which a service runs and nobody sees it, also when
+// the command dies.
 const lockName = "service.pid"
 
 // identity tells one running service from another.
@@ -53,9 +55,9 @@ func serviceKey(executable string, parts ...string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// takeLock takes the service lock and writes who we are; it waits for a
-// predecessor until the deadline. Closing the file gives the lock back.
-func takeLock(state, key string, deadline time.Time) (*os.File, error) {
+// takeLock takes the service lock; it waits for a predecessor until the deadline.
+// Closing the file gives the lock back.
+func takeLock(state string, deadline time.Time) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(state, lockName), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening service lock: %w", err)
@@ -63,7 +65,7 @@ func takeLock(state, key string, deadline time.Time) (*os.File, error) {
 	for {
 		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		if err == nil {
-			break
+			return f, nil
 		}
 		if !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(deadline) {
 			f.Close()
@@ -71,25 +73,29 @@ func takeLock(state, key string, deadline time.Time) (*os.File, error) {
 		}
 		time.Sleep(lockPeriod)
 	}
+}
+
+// sign writes who we are into the lock that we hold.
+func sign(lock *os.File, key string) error {
 	data, err := json.Marshal(identity{PID: os.Getpid(), Key: key})
-	if err == nil {
-		err = effect.Do("write service identity", func() error {
-			if err := f.Truncate(0); err != nil {
-				return err
-			}
-			_, err := f.WriteAt(append(data, '\n'), 0)
-			return err
-		})
-	}
 	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("writing service identity: %w", err)
+		return fmt.Errorf("encoding service identity: %w", err)
 	}
-	return f, nil
+	err = effect.Do("write service identity", func() error {
+		if err := lock.Truncate(0); err != nil {
+			return err
+		}
+		_, err := lock.WriteAt(append(data, '\n'), 0)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("writing service identity: %w", err)
+	}
+	return nil
 }
 
 // runningService returns the identity of the service that holds the lock; ok is false
-// if none does. A service that has just taken it may still be anonymous (PID 0).
+// if none does. A service that has just started may still be anonymous (PID 0).
 func runningService(state string) (id identity, ok bool, err error) {
 	f, err := os.Open(filepath.Join(state, lockName))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -163,9 +169,16 @@ func stopService(state string) error {
 	return errors.New("stopping the running service: it does not end")
 }
 
+// Files that the enable command hands over to the service.
+const (
+	readyFile = 3 // a pipe on which the service says that polling has started
+	lockFile  = 4 // the service lock, held
+)
+
 // startService starts the service in a session of its own, so that it outlives
-// the agent, and returns when it says that polling has started.
-func startService(executable string, args, environment []string, errorLog string) error {
+// the agent, hands the lock over to it, and returns when it says that polling has started.
+func startService(executable string, args, environment []string, lock *os.File, errorLog string) error {
+	defer lock.Close() // the service has it, or nobody
 	if err := os.MkdirAll(filepath.Dir(errorLog), 0o755); err != nil {
 		return fmt.Errorf("creating log folder: %w", err)
 	}
@@ -182,13 +195,14 @@ func startService(executable string, args, environment []string, errorLog string
 	cmd := exec.Command(executable, args...)
 	cmd.Dir, cmd.Env = "/", environment
 	cmd.Stdout, cmd.Stderr = stderr, stderr
-	cmd.ExtraFiles = []*os.File{w}
+	cmd.ExtraFiles = []*os.File{w, lock} // readyFile, lockFile
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = effect.Do("start service", cmd.Start)
 	w.Close()
 	if err != nil {
 		return fmt.Errorf("starting service: %w", err)
 	}
+	lock.Close() // or it would be ours as long as we wait
 	_ = ready.SetReadDeadline(time.Now().Add(startGrace))
 	said := make([]byte, 16)
 	n, err := ready.Read(said)
@@ -208,14 +222,14 @@ func tail(f *os.File) string {
 	return firstNonEmpty(oneLine(string(buffer[:n])), "it said nothing")
 }
 
-// readyLine is how the service tells the enable command, over the pipe it
-// passed as file 3, that polling has started.
-func readyLine() func() {
-	const fd = 3
-	syscall.CloseOnExec(fd) // a reload hook must not hold the pipe open
-	w := os.NewFile(fd, "ready")
+// handedOver takes what the enable command has handed over: a function that tells it
+// that polling has started, and the service lock. Reload hooks get neither.
+func handedOver() (ready func(), lock *os.File) {
+	syscall.CloseOnExec(readyFile)
+	syscall.CloseOnExec(lockFile)
+	w := os.NewFile(readyFile, "ready")
 	return func() {
 		_, _ = w.WriteString("ready\n") // an enable command that was killed does not listen
 		w.Close()
-	}
+	}, os.NewFile(lockFile, lockName)
 }

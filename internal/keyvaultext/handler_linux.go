@@ -101,8 +101,12 @@ func (h *Handler) Enable() int {
 	if err := stopService(h.state()); err != nil {
 		return h.fail(seq, ExitFailure, "Cannot restart Key Vault extension service: "+err.Error())
 	}
-	args := []string{"run", "--base", h.Base, "--sequence", string(seq), "--key", key, "--ready"}
-	if err := startService(h.Executable, args, os.Environ(), filepath.Join(h.logFolder(), "akvvm_service.stderr")); err != nil {
+	lock, err := takeLock(h.state(), time.Now().Add(stopGrace))
+	if err != nil {
+		return h.fail(seq, ExitFailure, "Cannot start Key Vault extension service: "+err.Error())
+	}
+	args := []string{"run", "--base", h.Base, "--sequence", string(seq), "--key", key, "--handed-over"}
+	if err := startService(h.Executable, args, os.Environ(), lock, filepath.Join(h.logFolder(), "akvvm_service.stderr")); err != nil {
 		return h.fail(seq, ExitFailure, "Cannot start Key Vault extension service: "+err.Error())
 	}
 	fmt.Fprintln(h.Out, "the service has started with the settings of sequence", string(seq))
@@ -144,18 +148,18 @@ func (h *Handler) Uninstall() int {
 
 // RunOptions are the arguments of the run command.
 type RunOptions struct {
-	Base     string
-	Sequence string
-	Key      string // of the enable command that started us
-	Ready    bool   // file 3 is a pipe on which to report readiness
+	Base       string
+	Sequence   string
+	Key        string // of the enable command that started us
+	HandedOver bool   // that command hands over the files readyFile and lockFile
 }
 
 // Run is the service: it holds the lock and delivers until SIGTERM or SIGINT.
 func Run(o RunOptions) error {
 	tuneMemory()
-	ready := func() {}
-	if o.Ready {
-		ready = readyLine()
+	ready, lock := func() {}, (*os.File)(nil)
+	if o.HandedOver {
+		ready, lock = handedOver()
 	}
 	data, err := os.ReadFile(filepath.Join(o.Base, "HandlerEnvironment.json"))
 	if err != nil {
@@ -176,8 +180,12 @@ func Run(o RunOptions) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
-	lock, err := takeLock(h.state(), o.Key, time.Now().Add(stopGrace))
-	if err != nil {
+	if lock == nil {
+		if lock, err = takeLock(h.state(), time.Now().Add(stopGrace)); err != nil {
+			return err
+		}
+	}
+	if err := sign(lock, o.Key); err != nil {
 		return err
 	}
 	defer runtime.KeepAlive(lock) // the lock ends with the process, not before: who gets it next must be alone

@@ -10,10 +10,10 @@ import (
 
 // RunOptions are the arguments of the run command.
 type RunOptions struct {
-	Base     string
-	Sequence string
-	Key      string
-	Ready    bool
+	Base       string
+	Sequence   string
+	Key        string
+	HandedOver bool
 }
 
 var errUnsupported = errors.New("the Key Vault extension delivers certificates on Linux only; on " + runtime.GOOS + " it is not supported and not tested")

@@ -103,9 +103,9 @@ type probes struct {
 	seen     []int
 	rewatch  int
 
-	stop  context.CancelFunc
-	done  sync.WaitGroup
-	ended sync.Once
+	stop, stopWatch context.CancelFunc
+	done, watching  sync.WaitGroup
+	ended           sync.Once
 }
 
 // begin starts probes at about twenty requests a second and target.
@@ -125,8 +125,10 @@ func begin(dial func(ctx context.Context, network, address string) (net.Conn, er
 		}
 	}
 	p.done.Go(func() { p.every(ctx, 200*time.Millisecond, targets[0], p.write) })
-	p.done.Go(func() { p.watch(ctx, targets[0]) })
 	p.done.Go(func() { p.lag(ctx) })
+	watching, stopWatch := context.WithCancel(context.Background())
+	p.stopWatch = stopWatch
+	p.watching.Go(func() { p.watch(watching, targets[0]) })
 	return p
 }
 
@@ -145,7 +147,7 @@ func (p *probes) settle(ctx context.Context) error {
 			for _, o := range p.outcomes {
 				*o = outcome{reasons: map[string]int{}, last: p.since}
 			}
-			p.late = 0
+			p.late, p.wrote = 0, nil
 		}
 		p.mu.Unlock()
 		if left <= 0 {
@@ -173,16 +175,22 @@ func (p *probes) lag(ctx context.Context) {
 }
 
 // end stops the probes and waits for them. A target that has not answered until
-// then has a gap up to then.
+// then has a gap up to then. The watch goes on until it has shown what was written
+// last, or half a minute has passed.
 func (p *probes) end() {
 	p.stop()
 	p.done.Wait()
 	p.ended.Do(func() {
 		p.mu.Lock()
-		defer p.mu.Unlock()
 		for _, o := range p.outcomes {
 			o.longest = max(o.longest, time.Since(o.last))
 		}
+		p.mu.Unlock()
+		for late := time.Now().Add(30 * time.Second); p.missed() > 0 && time.Now().Before(late); {
+			time.Sleep(50 * time.Millisecond)
+		}
+		p.stopWatch()
+		p.watching.Wait()
 	})
 }
 
@@ -365,7 +373,7 @@ func (p *probes) missed() int {
 	}
 	missed := 0
 	for _, n := range p.wrote {
-		if n <= p.written-5 && !seen[n] { // the last ones may be on their way
+		if !seen[n] {
 			missed++
 		}
 	}
