@@ -11,8 +11,14 @@ import (
 	"keyfleet.dev/keyfleet/client"
 )
 
-// completeLimit bounds what the shell waits for names: a person is typing.
-const completeLimit = 300 * time.Millisecond
+// completeLimit bounds what the shell waits for names: a person is typing. Where the
+// server is far away KEYFLEET_COMPLETION_LIMIT may allow more.
+func (t *tool) completeLimit() time.Duration {
+	if d, err := time.ParseDuration(t.env("KEYFLEET_COMPLETION_LIMIT")); err == nil {
+		return d
+	}
+	return 300 * time.Millisecond
+}
 
 // completer answers with names from the server; failure is no names.
 func (t *tool) completer(cmd *cobra.Command, toComplete string, names func(ctx context.Context) ([]string, error)) ([]string, cobra.ShellCompDirective) {
@@ -20,7 +26,7 @@ func (t *tool) completer(cmd *cobra.Command, toComplete string, names func(ctx c
 	if base == nil {
 		base = context.Background()
 	}
-	ctx, cancel := context.WithTimeout(base, completeLimit)
+	ctx, cancel := context.WithTimeout(base, t.completeLimit())
 	defer cancel()
 	all, err := names(ctx)
 	if err != nil {

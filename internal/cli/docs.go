@@ -168,6 +168,7 @@ Error CODE: what happened.
 | KEYFLEET_SERVER, KEYFLEET_ADDRESS, KEYFLEET_CA, KEYFLEET_TENANT, KEYFLEET_CLIENT_ID, KEYFLEET_CLIENT_SECRET | a server without a context |
 | KEYFLEET_SUBSCRIPTION, KEYFLEET_GROUP, KEYFLEET_ACCOUNT | defaults of the flags of these names |
 | KEYFLEET_OUTPUT | default of ` + "`-o`" + ` |
+| KEYFLEET_COMPLETION_LIMIT | how long completion waits for names of the server (300ms) |
 | NO_COLOR | no colour |
 
 `

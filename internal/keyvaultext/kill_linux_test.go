@@ -236,6 +236,27 @@ func TestCommandsKilledAtEveryEffect(t *testing.T) {
 	t.Logf("covered %d kill points of the handler's commands", 2*len(cases))
 }
 
+// TestServiceIsSeenAsSoonAsItIsStarted: an enable command dies when it has started the
+// service, which has not said who it is yet. The next command ends it all the same.
+func TestServiceIsSeenAsSoonAsItIsStarted(t *testing.T) {
+	program := binary(t, "killpoints")
+	vault := keyvaulttest.Start(t)
+	vault.Renew(host, secret, keyvaulttest.PEM)
+	for range 10 {
+		n := newNode(t, vault, program)
+		n.settings(false, "", quoted(urlOf))
+		if code, _ := n.command("enable", "KEYFLEET_KILL_AT=after:start service"); code == 0 {
+			t.Fatal("enable was not killed")
+		}
+		if code, out := n.command("disable"); code != 0 {
+			t.Fatalf("disable: %s", out)
+		}
+		if pids := servicesOf(n); len(pids) > 0 {
+			t.Fatalf("after disable these services run: %v", pids)
+		}
+	}
+}
+
 // servicesOf finds the processes that run the node's service, by their arguments.
 func servicesOf(n *node) []int {
 	var out []int
