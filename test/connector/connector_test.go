@@ -14,10 +14,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
 	core "k8s.io/api/core/v1"
 
 	"keyfleet.dev/keyfleet/client"
@@ -31,12 +33,13 @@ import (
 const image = "registry.bed.internal/keyfleet-connector:0.1.0"
 
 // world is a real cluster of one master, a server on this machine with the manager
-// that it runs, and a PostgreSQL server that the cluster's pods and the server reach.
+// that it runs, and servers that the cluster's pods and the server reach.
 type world struct {
 	*stack.Stack
 	ctx      context.Context
 	bed      *bed.Cluster
-	postgres *targettest.Server
+	targets  map[target.Kind]*targettest.Server
+	postgres *targettest.Server // one of them
 	home     string
 }
 
@@ -46,7 +49,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func newWorld(t *testing.T) *world {
+// newWorld makes a world with PostgreSQL and the other servers.
+func newWorld(t *testing.T, others ...target.Kind) *world {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("brings up a cluster, which takes a minute")
@@ -65,7 +69,7 @@ func newWorld(t *testing.T) *world {
 		t.Skip(err)
 	}
 	w := &world{ctx: ctx, home: t.TempDir()}
-	w.startPostgres(t)
+	started := w.startTargets(t, append(others, target.Postgres))
 	if w.bed, err = bed.Up(ctx, cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -74,6 +78,14 @@ func newWorld(t *testing.T) *world {
 			t.Error(err)
 		}
 	})
+	up := time.Now()
+	if err := started(); errors.Is(err, targettest.ErrNoPrograms) {
+		t.Skip(err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the servers take logins, %s after the cluster was up", time.Since(up).Round(100*time.Millisecond))
+	w.postgres = w.targets[target.Postgres]
 	w.Stack = stack.Start(t, stack.Config{Child: true, Args: []string{"--connector-image", image}})
 	w.push(t)
 	w.register(t)
@@ -83,26 +95,44 @@ func newWorld(t *testing.T) *world {
 // insideIP is where pods find what this machine exposes.
 const insideIP = "10.77.0.1"
 
-// startPostgres starts a server whose certificate is for the address that pods use.
-func (w *world) startPostgres(t *testing.T) {
+// startTargets begins to start the servers, whose certificates are for the address that
+// pods use, and returns a function that waits until they take logins. They end with the
+// test, however far they have come.
+func (w *world) startTargets(t *testing.T, kinds []target.Kind) (started func() error) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "keyfleet-target-") // the server runs as nobody, who cannot enter t.TempDir
-	if err != nil {
-		t.Fatal(err)
+	w.targets = map[target.Kind]*targettest.Server{}
+	ctx, cancel := context.WithCancel(w.ctx)
+	var starting errgroup.Group
+	var mu sync.Mutex
+	for _, kind := range kinds {
+		dir, err := os.MkdirTemp("", "keyfleet-target-") // the server runs as nobody, who cannot enter t.TempDir
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Error(err)
+			}
+		})
+		starting.Go(func() error {
+			s, err := targettest.Start(ctx, targettest.Options{Kind: kind, Dir: dir, Names: []string{insideIP}})
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			w.targets[kind] = s
+			return nil
+		})
 	}
 	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
+		cancel()
+		_ = starting.Wait() // reported before, unless the test ends for another reason
+		for _, s := range w.targets {
+			s.Stop()
 		}
 	})
-	w.postgres, err = targettest.Start(w.ctx, targettest.Options{Kind: target.Postgres, Dir: dir, Names: []string{insideIP}})
-	if errors.Is(err, targettest.ErrNoPrograms) {
-		t.Skip(err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.postgres.Stop)
+	return starting.Wait
 }
 
 // push gives the bed's registry the image of the program that was just built.
@@ -133,7 +163,7 @@ func (w *world) expose(t *testing.T, address string) (port string) {
 	return port
 }
 
-// register registers cluster and database.
+// register registers cluster and servers.
 func (w *world) register(t *testing.T) {
 	t.Helper()
 	path := "/subscriptions/" + w.Client.Subscription() + "/resourceGroups/rg"
@@ -145,9 +175,16 @@ func (w *world) register(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.keyfleet(t, "cluster", "register", "prod", "--kubeconfig", kubeconfig)
-	port := w.expose(t, w.postgres.Address())
-	w.keyfleet(t, "server", "register", "postgres", "main", "--host", insideIP, "--port", port, "--reach", w.postgres.Address(), "--admin", w.postgres.AdminUser,
-		"--password-file", w.file(t, "password", w.postgres.AdminPassword), "--ca-file", w.file(t, "ca.pem", w.postgres.CA))
+	for kind, s := range w.targets {
+		args := []string{
+			"server", "register", string(kind), "main", "--host", insideIP, "--port", w.expose(t, s.Address()), "--reach", s.Address(), "--admin", s.AdminUser,
+			"--password-file", w.file(t, "password", s.AdminPassword), "--ca-file", w.file(t, "ca.pem", s.CA),
+		}
+		if s.Management != "" {
+			args = append(args, "--management", s.Management)
+		}
+		w.keyfleet(t, args...)
+	}
 	admin := w.login(t, w.postgres.AdminUser, w.postgres.AdminPassword, "postgres")
 	defer admin.Close(w.ctx)
 	if _, err := admin.Exec(w.ctx, "CREATE DATABASE shop"); err != nil {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"keyfleet.dev/keyfleet/client"
+	"keyfleet.dev/keyfleet/internal/target"
 	"keyfleet.dev/keyfleet/test/stack"
 )
 
@@ -21,7 +22,7 @@ import (
 // documentation tells it, from the first one to the end of the extension. Each step
 // stands on those before it.
 func TestDocumentedFlow(t *testing.T) {
-	w := newWorld(t)
+	w := newWorld(t, target.MySQL, target.Redis, target.RabbitMQ)
 	stack.Eventually(t, time.Minute, "the cluster was seen", func(context.Context) error {
 		if out := w.keyfleet(t, "cluster", "show", "prod"); !strings.Contains(out, "Succeeded") {
 			return fmt.Errorf("%s", out)
@@ -29,7 +30,11 @@ func TestDocumentedFlow(t *testing.T) {
 		return nil
 	})
 	before := w.inventory(t)
-	secrets := map[string]string{"the administrator's password": w.postgres.AdminPassword}
+	secrets := map[string]string{}
+	for kind, s := range w.targets {
+		secrets["the password of the administrator of "+string(kind)] = s.AdminPassword
+	}
+	clients := &podClients{world: w, secrets: secrets}
 	for _, step := range []struct {
 		name string
 		run  func(t *testing.T)
@@ -43,6 +48,9 @@ func TestDocumentedFlow(t *testing.T) {
 		{"the SDK in a pod reads a secret with nothing but that", w.readVaultInPod},
 		{"a rotation names the pod with the old password, and ends the old login after its restart", func(t *testing.T) { w.rotateUnderConsumer(t, secrets) }},
 		{"an operator that restarts touches neither workloads nor their Secret", w.restartOperator},
+		{"a pod uses PostgreSQL, MariaDB, Redis and RabbitMQ with nothing but what the cluster has", clients.start},
+		{"their credentials rotate under load, and no login fails", clients.rotate},
+		{"without the connections nothing is left, in the cluster and on the servers", clients.remove},
 		{"a job that fails says why, where people are told to look, and the extension recovers", func(t *testing.T) { w.failingJob(t, secrets) }},
 		{"no secret is in values, releases, events or logs", func(t *testing.T) { w.noSecretShows(t, secrets) }},
 		{"uninstalling the extension disconnects everything, and leaves nothing", func(t *testing.T) { w.uninstall(t, before) }},

@@ -33,6 +33,19 @@ func (w *world) inventory(t *testing.T) map[string]bool {
 	return out
 }
 
+// nothingLeft waits until the cluster has no object that was not there before, but for those that stay.
+func (w *world) nothingLeft(t *testing.T, before map[string]bool, stays ...string) {
+	t.Helper()
+	stack.Eventually(t, 2*time.Minute, "nothing is left in the cluster", func(context.Context) error {
+		left := w.inventory(t)
+		maps.DeleteFunc(left, func(o string, _ bool) bool { return before[o] || slices.Contains(stays, o) })
+		if len(left) > 0 {
+			return fmt.Errorf("%v", slices.Sorted(maps.Keys(left)))
+		}
+		return nil
+	})
+}
+
 func (w *world) uninstall(t *testing.T, before map[string]bool) {
 	w.refused(t, []string{"extension", "delete", "sc-extension", "--cluster", "prod", "--yes"}, "ExtensionInUse", "db, kv, tight", "keyfleet extension delete sc-extension --cluster prod --disconnect")
 	w.says(t, "helm list -n sc-system", w.tool(t, "helm", "", "list", "-n", "sc-system"), "deployed")
@@ -49,15 +62,7 @@ func (w *world) uninstall(t *testing.T, before map[string]bool) {
 
 	// What the test itself has made goes; what is left is Keyfleet's.
 	w.kube(t, "delete", "deployment/shop", "job/sc-sample-job", "configmap/keyfleet-ca", "namespace/small", "--wait")
-	stays := []string{"Namespace <none> sc-system", "ServiceAccount sc-system default", "ConfigMap sc-system kube-root-ca.crt"} // it may hold what is others'
-	stack.Eventually(t, 2*time.Minute, "nothing is left in the cluster", func(context.Context) error {
-		left := w.inventory(t)
-		maps.DeleteFunc(left, func(o string, _ bool) bool { return before[o] || slices.Contains(stays, o) })
-		if len(left) > 0 {
-			return fmt.Errorf("%v", slices.Sorted(maps.Keys(left)))
-		}
-		return nil
-	})
+	w.nothingLeft(t, before, "Namespace <none> sc-system", "ServiceAccount sc-system default", "ConfigMap sc-system kube-root-ca.crt") // it may hold what is others'
 	admin := w.login(t, w.postgres.AdminUser, w.postgres.AdminPassword, "shop")
 	defer admin.Close(w.ctx)
 	var roles int

@@ -55,8 +55,9 @@ type Server struct {
 	logs      []string // files
 }
 
-// startTimeout is how long a server may take to answer.
-const startTimeout = 90 * time.Second
+// startTimeout is how long a server may take to answer: RabbitMQ needs ten seconds of a
+// processor, which it may share with a cluster that comes up.
+const startTimeout = 4 * time.Minute
 
 // ErrNoPrograms says that the programs of a server cannot be had on this machine.
 var ErrNoPrograms = errors.New("no programs")
