@@ -8,24 +8,48 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"keyfleet.dev/keyfleet/internal/fault"
+	"keyfleet.dev/keyfleet/internal/remote/remotetest"
 	"keyfleet.dev/keyfleet/internal/rotation"
 )
 
 // eventually waits until something is so.
 func eventually(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	for range 400 {
-		if so() {
+	if !inTime(so) {
+		t.Fatalf("in two minutes not: %s", what)
+	}
+}
+
+// inTime waits until something is so, and reports whether it is.
+func inTime(so func() bool) bool {
+	for deadline := time.Now().Add(2 * time.Minute); !so(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			return false
+		}
+	}
+	return true
+}
+
+// once does something beside the test when a file is there. The end of the test waits
+// for it.
+func once(t *testing.T, path string, do func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if !inTime(func() bool { return exists(path) }) {
+			t.Errorf("in two minutes no %s", path)
 			return
 		}
-		time.Sleep(25 * time.Millisecond)
-	}
-	t.Fatalf("in ten seconds not: %s", what)
+		do()
+	}()
+	t.Cleanup(func() { <-done })
 }
 
 func exists(path string) bool {
@@ -78,29 +102,25 @@ func TestUploadSurvivesACutLine(t *testing.T) {
 func TestAScriptIsRepeatedOnlyIfItOnlyLooks(t *testing.T) {
 	b := newBed(t)
 	h := b.host()
-	runs := filepath.Join(b.dir, "runs")
-	s := rotation.Script{Name: "wait", Text: `echo x >>"$1"; n=$(wc -l <"$1"); [ "$n" -gt 1 ] || sleep 1; echo done`, Args: []string{runs}, Quiet: true}
-	run := func() (string, error) {
-		_ = os.Remove(runs)
-		go func() {
-			for !exists(runs) {
-				time.Sleep(10 * time.Millisecond)
-			}
-			b.toTarget.Cut()
-		}()
-		out, err := h.Run(t.Context(), s)
-		return string(out), err
+	runs, goOn := filepath.Join(b.dir, "runs"), filepath.Join(b.dir, "go")
+	s := rotation.Script{
+		Name: "wait", Args: []string{runs, goOn}, Quiet: true,
+		Text: `echo x >>"$1"; n=$(wc -l <"$1"); [ "$n" -gt 1 ] || until [ -e "$2" ]; do sleep 0.05; done; echo done`,
 	}
-	if out, err := run(); err != nil || out != "done\n" || readFile(t, runs) != "x\nx\n" {
+	once(t, runs, b.toTarget.Cut)
+	if out, err := h.Run(t.Context(), s); err != nil || string(out) != "done\n" || readFile(t, runs) != "x\nx\n" {
 		t.Errorf("a quiet script: %q, %v", out, err)
 	}
+	_ = os.Remove(runs)
+	once(t, runs, b.toTarget.Cut)
 	s.Quiet = false
-	_, err := run()
+	_, err := h.Run(t.Context(), s)
 	want(t, err, fault.Unavailable, "wait", "master-1", "outcome is not known", b.cfg.Log)
 	if readFile(t, runs) != "x\n" {
 		t.Error("it was run again")
 	}
 	// It has not noticed anything, and its output is in the log.
+	writeFile(t, goOn, "")
 	eventually(t, "the end in the log", func() bool { return strings.Contains(b.log(), "wait: exit status 0") })
 	if !strings.Contains(b.log(), "\ndone\n") {
 		t.Errorf("the log is\n%s", b.log())
@@ -131,7 +151,7 @@ func TestAScriptDoesNotBeginWithHalfItsInput(t *testing.T) {
 func finishing(b *bed, unit string) (s rotation.Script, begun, goOn string) {
 	begun, goOn = filepath.Join(b.dir, unit+"-begun"), filepath.Join(b.dir, unit+"-go")
 	return rotation.Script{
-		Name: "restart etcd", Finishes: true, Unit: unit, Timeout: 20 * time.Second,
+		Name: "restart etcd", Finishes: true, Unit: unit, Timeout: 2 * time.Minute,
 		Args: []string{begun, goOn}, Input: []byte("secret input"),
 		Text: `echo x >>"$1"; cat; echo working >&2; until [ -e "$2" ]; do sleep 0.05; done; echo; wc -l <"$1"`,
 	}, begun, goOn
@@ -141,22 +161,19 @@ func TestAScriptThatFinishesSurvivesACutLine(t *testing.T) {
 	b := newBed(t)
 	h := b.host()
 	s, begun, goOn := finishing(b, "kf-test-cut")
-	go func() {
-		for !exists(begun) {
-			time.Sleep(10 * time.Millisecond)
+	once(t, begun, func() {
+		for _, line := range []*remotetest.Proxy{b.toTarget, b.toJump} {
+			before := line.Accepted()
+			line.Cut()
+			if !inTime(func() bool { return line.Accepted() > before }) {
+				t.Error("it was not dialled again")
+			}
 		}
-		b.toTarget.Cut()
-		time.Sleep(300 * time.Millisecond)
-		b.toJump.Cut()
-		time.Sleep(300 * time.Millisecond)
 		_ = os.WriteFile(goOn, nil, 0o600)
-	}()
+	})
 	out, err := h.Run(t.Context(), s)
 	if err != nil || string(out) != "secret input\n1\n" {
 		t.Fatalf("%q, %v", out, err)
-	}
-	if b.toTarget.Accepted() < 2 || b.toJump.Accepted() < 2 {
-		t.Error("no line was cut")
 	}
 	if log := b.log(); !strings.Contains(log, "restart etcd: exit status 0") || !strings.Contains(log, "working") {
 		t.Errorf("the log is\n%s", log)
@@ -172,12 +189,7 @@ func TestASecondRunAttaches(t *testing.T) {
 	b := newBed(t)
 	s, begun, goOn := finishing(b, "kf-test-attach")
 	ctx, cancel := context.WithCancel(t.Context())
-	go func() {
-		for !exists(begun) {
-			time.Sleep(10 * time.Millisecond)
-		}
-		cancel()
-	}()
+	once(t, begun, cancel)
 	first := b.host()
 	if _, err := first.Run(ctx, s); !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "goes on there as unit kf-test-attach") {
 		t.Fatalf("the first: %v", err)
@@ -255,12 +267,7 @@ func TestAScriptThatWasEndedFromOutside(t *testing.T) {
 	s, begun, goOn := finishing(b, "kf-test-killed")
 	kill := func() {
 		eventually(t, "its beginning", func() bool { return exists(begun) })
-		if _, err := h.Run(t.Context(), rotation.Script{
-			Name: "kill", Quiet: true, Args: []string{b.cfg.WorkDir + "/run/kf-test-killed/runner"},
-			Text: `for p in /proc/[0-9]*; do if tr '\0' ' ' <$p/cmdline | grep -q "^/bin/sh $1 $"; then kill -9 ${p#/proc/}; fi; done 2>/dev/null`,
-		}); err != nil {
-			t.Error(err)
-		}
+		killRunner(t, b.cfg.WorkDir+"/run/kf-test-killed/runner")
 	}
 	done := make(chan error)
 	go func() {
@@ -289,25 +296,58 @@ func TestAScriptThatWasEndedFromOutside(t *testing.T) {
 	}
 }
 
+// killRunner kills the process of a runner, with those that are about to become
+// programs of it, and returns when they are gone.
+func killRunner(t *testing.T, runner string) {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	runs := func(proc string) bool {
+		line, err := os.ReadFile(proc + "/cmdline") // empty once it is dead
+		return err == nil && string(line) == "/bin/sh\x00"+runner+"\x00"
+	}
+	killed := false
+	for _, proc := range all {
+		if !runs(proc) {
+			continue
+		}
+		killed = true
+		pid, err := strconv.Atoi(filepath.Base(proc))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := os.FindProcess(pid); err != nil || p.Kill() != nil {
+			t.Errorf("the runner, process %d, cannot be killed", pid)
+		}
+		eventually(t, "its death", func() bool { return !runs(proc) })
+	}
+	if !killed {
+		t.Error("no process runs it")
+	}
+}
+
 func TestASilentConnectionIsNoticed(t *testing.T) {
 	b := newBed(t)
-	b.cfg.keepAlive = 50 * time.Millisecond
-	b.cfg.Timeout = 5 * time.Second
+	b.cfg.keepAlive = 3 * time.Second
 	h := b.host()
-	begun := filepath.Join(b.dir, "begun")
-	go func() {
-		for !exists(begun) {
-			time.Sleep(10 * time.Millisecond)
+	begun, goOn := filepath.Join(b.dir, "begun"), filepath.Join(b.dir, "go")
+	once(t, begun, func() {
+		b.toJump.Freeze(true) // closes nothing: whoever gives it up does so for its silence
+		if !inTime(func() bool { c, _ := h.link.current(); return c == nil }) {
+			t.Error("nobody has noticed")
 		}
-		b.toJump.Freeze(true)
-		time.Sleep(time.Second)
 		b.toJump.Cut() // what was sent meanwhile does not arrive later
 		b.toJump.Freeze(false)
-	}()
-	start := time.Now()
-	out, err := h.Run(t.Context(), rotation.Script{Name: "x", Quiet: true, Args: []string{begun}, Text: `[ -e "$1" ] || { touch "$1"; sleep 30; }; echo ok`})
-	if err != nil || string(out) != "ok\n" || time.Since(start) > 10*time.Second {
-		t.Errorf("after %v: %q, %v", time.Since(start), out, err)
+		_ = os.WriteFile(goOn, nil, 0o600)
+	})
+	out, err := h.Run(t.Context(), rotation.Script{
+		Name: "x", Quiet: true, Timeout: 5 * time.Minute, Args: []string{begun, goOn},
+		Text: `[ -e "$1" ] || { touch "$1"; until [ -e "$2" ]; do sleep 0.05; done; }; echo ok`,
+	})
+	if err != nil || string(out) != "ok\n" || b.toJump.Accepted() < 2 {
+		t.Errorf("%q over %d connections, %v", out, b.toJump.Accepted(), err)
 	}
 }
 
@@ -316,8 +356,15 @@ func TestAnSSHDThatRestarts(t *testing.T) {
 	h := b.host()
 	b.target.Stop()
 	b.toTarget.Cut()
-	time.AfterFunc(500*time.Millisecond, b.target.Restart)
-	if _, err := h.Run(t.Context(), rotation.Script{Name: "x", Text: "true"}); err != nil {
+	before := b.toTarget.Accepted()
+	done := make(chan error, 1)
+	go func() {
+		_, err := h.Run(t.Context(), rotation.Script{Name: "x", Text: "true"})
+		done <- err
+	}()
+	eventually(t, "an attempt", func() bool { return b.toTarget.Accepted() > before })
+	b.target.Restart()
+	if err := <-done; err != nil {
 		t.Error(err)
 	}
 }

@@ -108,7 +108,7 @@ func TestDialContextCarriesHTTPS(t *testing.T) {
 	defer server.Close()
 	client := server.Client()
 	client.Transport.(*http.Transport).DialContext = j.DialContext
-	client.Timeout = 10 * time.Second
+	client.Timeout = time.Minute
 	get := func() {
 		t.Helper()
 		resp, err := client.Get(server.URL)
@@ -138,7 +138,7 @@ func TestDialContextThatFails(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	if _, err := j.DialContext(ctx, "tcp", b.target.Address); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 2*time.Second {
+	if _, err := j.DialContext(ctx, "tcp", b.target.Address); !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 30*time.Second {
 		t.Errorf("after %v: %v", time.Since(start), err)
 	}
 }

@@ -193,12 +193,15 @@ func (h *Host) otherScript(s rotation.Script) error {
 // and the shell's own word for it is "I/O error": so files are written by cat.
 const unitCommon = `umask 077
 cd /
-held() { ! flock -n -s "$dir/running" true; }
+held() { [ -e "$dir/running" ] && ! flock -n -s 9 9<"$dir/running" 2>/dev/null; }
 is() { [ "$(cat "$dir/$1" 2>/dev/null)" = "$2" ]; }
 full() { df -Pk "$dir" 2>/dev/null | awk 'NR == 2 && $4 < 16 { print "No space left on device: " $6 " is full" }' >&2; }
+# One waiter reads while another clears: what goes, goes at once.
 discard() {
 	[ ! -e "$dir/input" ] || shred -u "$dir/input" || :
-	rm -rf "$dir"
+	rm -rf "$work/run/.gone"
+	mv "$dir" "$work/run/.gone"
+	rm -rf "$work/run/.gone"
 }
 `
 

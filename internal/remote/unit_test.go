@@ -35,13 +35,14 @@ func TestTwoWaitForOneScript(t *testing.T) {
 	for range rounds {
 		results := make([]string, 2)
 		var both sync.WaitGroup
-		for i := range results {
-			token := strings.TrimSpace(sh(h.unitPlace(s) + h.unitStart(s, scriptID(s), []string{"a", "b"}[i])))
-			if token != "a" {
-				t.Fatalf("%d began or joined %q", i, token)
+		for _, token := range []string{"a", "b"} { // the second joins the first
+			if got := strings.TrimSpace(sh(h.unitPlace(s) + h.unitStart(s, scriptID(s), token))); got != "a" {
+				t.Fatalf("%s began or joined %q", token, got)
 			}
+		}
+		for i := range results {
 			both.Go(func() {
-				place := h.unitPlace(s) + unitOf(token)
+				place := h.unitPlace(s) + unitOf("a")
 				results[i] = sh(place + unitWait)
 				sh(place + unitClear)
 			})

@@ -67,7 +67,7 @@ func (p *Proxy) Freeze(yes bool) {
 	p.thaw.Broadcast()
 }
 
-// Accepted is how many connections there have been.
+// Accepted is how many connections there have been, also to a server that was not there.
 func (p *Proxy) Accepted() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -80,13 +80,15 @@ func (p *Proxy) accept() {
 		if err != nil {
 			return
 		}
+		p.mu.Lock()
+		p.accepted++
+		p.mu.Unlock()
 		server, err := net.Dial("tcp", p.target)
 		if err != nil {
 			_ = client.Close()
 			continue
 		}
 		p.mu.Lock()
-		p.accepted++
 		p.pairs[client] = server
 		p.mu.Unlock()
 		go p.pass(server, client, true)

@@ -4,14 +4,14 @@
 // is: each server is an sshd of its own on a loopback port, with its own host key
 // and its own list of keys that may log in, and ends with the test.
 //
-// Invariant: nothing of the machine is changed. Users other than root exist only
-// in the mount namespace of the sshd that has them.
+// Invariant: nothing of the machine is changed, but for the empty folder /run/sshd.
+// Users other than root exist only in the mount namespace of the sshd that has them;
+// so does OpenSSH itself where it is not installed but unpacked into a folder.
 //
 // Consequence: whoever logs in as root acts on the machine that runs the tests.
 package remotetest
 
 import (
-	"bufio"
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
@@ -121,14 +121,25 @@ func (b *lockedBuffer) String() string {
 
 const sshd = "/usr/sbin/sshd"
 
+// unpacked is the folder with what the machine lacks of OpenSSH's server and sudo, laid
+// out by build/unpack-sshd; empty: there is none.
+func unpacked() string { return os.Getenv("KEYFLEET_TEST_SSHD") }
+
+// Has reports whether whoever logs in finds a program there: "/usr/bin/sudo".
+func Has(program string) bool {
+	_, installed := os.Stat(program)
+	_, beside := os.Stat(filepath.Join(unpacked(), program))
+	return installed == nil || beside == nil
+}
+
 // Need skips the test where no sshd can run.
 func Need(t testing.TB) {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("only root can run an sshd that lets root in")
 	}
-	if _, err := os.Stat(sshd); err != nil {
-		t.Skipf("there is no %s here (Debian: apt-get install openssh-server)", sshd)
+	if !Has(sshd) {
+		t.Skipf("there is no %s here, nor in a folder that KEYFLEET_TEST_SSHD names (Debian: apt-get install openssh-server, or build/unpack-sshd FOLDER)", sshd)
 	}
 }
 
@@ -180,15 +191,20 @@ func (s *Server) configure(o Options) {
 	}, o.Config...)
 	s.write("sshd_config", 0o644, strings.Join(lines, "\n")+"\n")
 	s.argv = []string{sshd, "-D", "-e", "-f", filepath.Join(s.dir, "sshd_config")}
-	if len(o.Users) > 0 {
-		s.argv = append([]string{"unshare", "--mount", "/bin/sh", s.addUsers(o.Users)}, s.argv...)
+	if len(o.Users) > 0 || unpacked() != "" {
+		s.argv = append([]string{"unshare", "--mount", "/bin/sh", s.inside(o.Users)}, s.argv...)
 	}
 }
 
-// addUsers writes a script that begins a program in a namespace with these users.
-func (s *Server) addUsers(users []User) string {
-	sudoers := "Defaults use_pty\nroot ALL=(ALL:ALL) ALL\n"
-	var passwd, shadow string
+// inside writes a script that begins a program in a mount namespace where there are
+// these users, and what was unpacked. sshd also wants a user of its own, which a
+// machine has only where it is installed.
+func (s *Server) inside(users []User) string {
+	passwd, shadow := s.read("/etc/passwd"), s.read("/etc/shadow")
+	if !strings.Contains("\n"+passwd, "\nsshd:") {
+		passwd += "sshd:x:54320:65534::/run/sshd:/usr/sbin/nologin\n"
+	}
+	sudoers := "Defaults use_pty, timestampdir=" + s.dir + "/sudo\nroot ALL=(ALL:ALL) ALL\n"
 	for i, u := range users {
 		if u.Shell == "" {
 			u.Shell = "/bin/sh"
@@ -199,18 +215,17 @@ func (s *Server) addUsers(users []User) string {
 			sudoers += u.Name + " " + u.Sudo + "\n"
 		}
 	}
-	script := "set -e\n"
-	for _, f := range []struct {
-		path, text string
-		mode       os.FileMode
-	}{
-		{"/etc/passwd", s.read("/etc/passwd") + passwd, 0o644},
-		{"/etc/shadow", s.read("/etc/shadow") + shadow, 0o600},
-		{"/etc/sudoers", sudoers, 0o440},
-	} {
-		script += fmt.Sprintf("mount --bind '%s' %s\n", s.write(filepath.Base(f.path), f.mode, f.text), f.path)
+	must(s.t, os.MkdirAll(filepath.Join(s.dir, "etc"), 0o755))
+	s.write("etc/passwd", 0o644, passwd)
+	s.write("etc/shadow", 0o600, shadow)
+	s.write("etc/sudoers", 0o440, sudoers)
+	script, etc := "set -e\n", s.dir+"/etc"
+	if dir := unpacked(); dir != "" {
+		script += fmt.Sprintf("mount -t overlay -o 'lowerdir=%s/usr:/usr' none /usr\n", dir)
+		etc += ":" + dir + "/etc"
 	}
-	return s.write("with-users", 0o700, script+"exec \"$@\"\n")
+	script += fmt.Sprintf("mount -t overlay -o 'lowerdir=%s:/etc' none /etc\n", etc)
+	return s.write("inside", 0o700, script+"exec \"$@\"\n")
 }
 
 func (s *Server) read(path string) string {
@@ -227,16 +242,18 @@ func (s *Server) write(name string, mode os.FileMode, text string) string {
 	return path
 }
 
-// run starts the process and reports whether it answers.
+// run starts the process and reports whether it listens. That something answers there
+// would not do: on a busy machine another process may have taken the port.
 func (s *Server) run() bool {
 	s.cmd = exec.Command(s.argv[0], s.argv[1:]...)
 	s.cmd.Stderr = &s.log
+	said := len(s.log.String())
 	must(s.t, s.cmd.Start())
 	exited := make(chan struct{})
 	cmd := s.cmd
 	go func() { _ = cmd.Wait(); close(exited) }()
-	for range 200 {
-		if answers(s.Address) {
+	for range 2400 {
+		if strings.Contains(s.log.String()[said:], "Server listening on ") {
 			return true
 		}
 		select {
@@ -247,17 +264,6 @@ func (s *Server) run() bool {
 	}
 	_ = cmd.Process.Kill()
 	return false
-}
-
-func answers(address string) bool {
-	conn, err := net.DialTimeout("tcp", address, time.Second)
-	if err != nil {
-		return false
-	}
-	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(2 * time.Second))
-	line, err := bufio.NewReader(conn).ReadString('\n')
-	return err == nil && strings.HasPrefix(line, "SSH-")
 }
 
 // Stop ends the sshd; connections that are open go on. Restart brings it back.
