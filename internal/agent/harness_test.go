@@ -204,7 +204,7 @@ func (s *testServer) addPackage(files map[string]string) *node.Package {
 // waitReport waits until a report satisfies want and returns it.
 func (s *testServer) waitReport(what string, want func(r node.StatusReport) bool) node.StatusReport {
 	s.t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(2 * time.Minute)
 	for {
 		s.mu.Lock()
 		var last *node.StatusReport
@@ -283,7 +283,7 @@ func startAgent(t *testing.T, cfg Config) (a *Agent, stop func() error) {
 			cancel()
 			select {
 			case result = <-done:
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Error("the agent did not end")
 			}
 			if err := a.Close(); err != nil {

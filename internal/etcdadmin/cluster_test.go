@@ -261,9 +261,9 @@ func within[T any](t *testing.T, c <-chan T) (v T) {
 // eventually repeats a check until it holds.
 func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !holds(); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !holds(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("in 20 seconds it did not come about: %s", what)
+			t.Fatalf("in a minute it did not come about: %s", what)
 		}
 	}
 }

@@ -221,9 +221,9 @@ func must[T any](v T, err error) func(t testing.TB) T {
 // eventually repeats a check until it holds.
 func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !holds(); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !holds(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("in half a minute it did not come about: %s", what)
+			t.Fatalf("in a minute it did not come about: %s", what)
 		}
 	}
 }

@@ -179,7 +179,7 @@ func (s *keptAlive) stop() {
 	_ = s.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-s.done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		_ = s.cmd.Process.Kill()
 		s.n.t.Error("the service did not end on SIGTERM")
 	}

@@ -119,7 +119,7 @@ func TestBrokenServers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBroken(t, test.answer)
 			began := time.Now()
-			_, err := b.api(t, 300*time.Millisecond).ConfigMap(t.Context(), "default", "m")
+			_, err := b.api(t, 3*time.Second).ConfigMap(t.Context(), "default", "m")
 			if !errors.Is(err, test.kind) || err == nil || !strings.Contains(err.Error(), test.text) || !strings.Contains(err.Error(), "default/m") {
 				t.Errorf("%v", err)
 			}
@@ -129,7 +129,7 @@ func TestBrokenServers(t *testing.T) {
 			if n := b.asked.Load(); n != 1 {
 				t.Errorf("asked %d times", n)
 			}
-			if took := time.Since(began); took > 2*time.Second {
+			if took := time.Since(began); took > 30*time.Second {
 				t.Errorf("it took %s", took)
 			}
 		})

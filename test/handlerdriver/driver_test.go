@@ -95,7 +95,7 @@ func (m *machine) run(h *handlerdriver.Handler, command string) {
 
 func (m *machine) eventually(what string, condition func() bool) {
 	m.t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !condition(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			m.t.Fatalf("waited in vain: %s", what)
 		}

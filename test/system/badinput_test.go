@@ -234,7 +234,7 @@ func TestFaultsOfStateAreShown(t *testing.T) {
 // nodeSays waits until the pool's node has an error that names the URL and the reason.
 func (f *fleet) nodeSays(t *testing.T, pool, url, reason string) {
 	t.Helper()
-	stack.Eventually(t, 20*time.Second, "the node names the secret", func(ctx context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the node names the secret", func(ctx context.Context) error {
 		nodes, err := f.nodes(ctx, accountName, "westus2", pool)
 		if err != nil {
 			return err
@@ -253,7 +253,7 @@ func (f *fleet) nodeSays(t *testing.T, pool, url, reason string) {
 // hasCondition waits until the stored pool has a condition that names the URL.
 func (f *fleet) hasCondition(t *testing.T, pool, url string) {
 	t.Helper()
-	stack.Eventually(t, 20*time.Second, "a condition of the pool", func(context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "a condition of the pool", func(context.Context) error {
 		out, stderr, exit := f.program("keyfleet-server", "store", "dump", "--data-dir", f.Dir, "--prefix", "/pools/")
 		if exit != 0 {
 			return errors.New(stderr)
@@ -293,7 +293,7 @@ func TestWindowsPoolIsAccepted(t *testing.T) {
 	vm["imageReference"] = object{"publisher": "microsoftwindowsserver", "offer": "windowsserver", "sku": "2022-datacenter", "version": "latest"}
 	vm["nodeAgentSkuId"] = "batch.node.windows amd64"
 	f.put(f.poolPath("win"), "2021-01-01", pool, nil)
-	stack.Eventually(t, 20*time.Second, "the resize error", func(ctx context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the resize error", func(ctx context.Context) error {
 		var got object
 		if err := f.Client.Call(ctx, client.Request{Method: http.MethodGet, URL: f.Client.ARM(f.poolPath("win")), Version: "2021-01-01"}, &got); err != nil {
 			return err

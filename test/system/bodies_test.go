@@ -123,7 +123,7 @@ func TestLinuxBodiesNameWhatIsMissing(t *testing.T) {
 			if w := strings.Join(resp.Warnings(), "\n"); !strings.Contains(w, secret) {
 				t.Errorf("the Warning header does not name %s: %q", secret, w)
 			}
-			stack.Eventually(t, 60*time.Second, "the node names the secret", func(ctx context.Context) error {
+			stack.Eventually(t, 2*time.Minute, "the node names the secret", func(ctx context.Context) error {
 				var nodes struct{ Value []json.RawMessage }
 				if err := d.Client.Call(ctx, client.Request{Method: http.MethodGet, URL: d.batch("/pools/" + pool + "/nodes"), Version: "2021-06-01.14.0"}, &nodes); err != nil {
 					return err

@@ -107,7 +107,7 @@ func TestExplainNamesTheFirstBrokenLink(t *testing.T) {
 	f.isGone(t, "sim")
 	k.keyfleet("pool", "create", "sim", "--file", body, "--no-wait").says(t, 0, "closed")
 
-	stack.Eventually(t, 30*time.Second, "the node is explained", func(context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the node is explained", func(context.Context) error {
 		a := k.keyfleet("node", "explain", "sim", "0")
 		if a.exit != 0 {
 			return errors.New(a.err)
@@ -150,7 +150,7 @@ func TestCommandLineOnARunningPool(t *testing.T) {
 	k.keyfleet("extension", "show", "sim", node, "kv", "--query", "instanceView.statuses[0].displayStatus", "-o", "tsv").says(t, 0, "Provisioning succeeded")
 	k.keyfleet("node", "shell", "sim", node, "--", "cat", "/etc/hostname-that-is-not-there").says(t, 1, "hostname-that-is-not-there")
 	k.keyfleet("node", "shell", "sim", node, "--", "/bin/sh", "-c", "exit 42").says(t, 42)
-	stack.Eventually(t, 30*time.Second, "the extension's logs are brought", func(context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the extension's logs are brought", func(context.Context) error {
 		if a := k.keyfleet("node", "logs", "sim", node); a.exit != 0 || !strings.Contains(a.out, "vault1") {
 			return errors.New(a.out + a.err)
 		}

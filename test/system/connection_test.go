@@ -235,7 +235,7 @@ func TestConnectionToPostgres(t *testing.T) {
 	if _, err := c.api.CoreV1().Secrets("shop").Patch(c.ctx, "sc-db-secret", "application/merge-patch+json", patch, metav1.PatchOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	stack.Eventually(t, 10*time.Second, "the Secret is put back", func(ctx context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the Secret is put back", func(ctx context.Context) error {
 		if env, err := c.environment(ctx, "sc-db-secret"); err != nil || len(env) != len(first) || env["AZURE_POSTGRESQL_CONNECTIONSTRING"] != first["AZURE_POSTGRESQL_CONNECTIONSTRING"] {
 			return fmt.Errorf("%d names, %v", len(env), err)
 		}
@@ -457,7 +457,7 @@ func TestConnectionToVault(t *testing.T) {
 	if err := c.api.CoreV1().ServiceAccounts("shop").Delete(c.ctx, account.Name, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	stack.Eventually(t, 30*time.Second, "the connection goes on without being asked", func(context.Context) error {
+	stack.Eventually(t, 2*time.Minute, "the connection goes on without being asked", func(context.Context) error {
 		if shown := c.text(t, http.MethodGet, c.linker("kv3")); !strings.Contains(shown, `"provisioningState":"Succeeded"`) {
 			return errors.New(shown)
 		}

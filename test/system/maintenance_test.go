@@ -316,7 +316,7 @@ func TestExternalEtcd(t *testing.T) {
 	t.Cleanup(e.Close)
 	select {
 	case <-e.Server.ReadyNotify():
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("etcd is not ready")
 	}
 	endpoint := "http://" + e.Clients[0].Addr().String()

@@ -186,7 +186,7 @@ func TestStartTwice(t *testing.T) {
 	}
 	took := time.Since(begin)
 	t.Logf("a node was up after %s", took)
-	if took > 5*time.Second {
+	if took > time.Minute {
 		t.Errorf("a start took %s", took)
 	}
 	w.agent(node0)

@@ -78,7 +78,7 @@ func TestOpensQuickly(t *testing.T) {
 	open(t, Config{Dir: t.TempDir()})
 	took := time.Since(start)
 	t.Logf("ready after %s", took)
-	if took > 5*time.Second { // usually 0.1 to 0.4 s; a busy machine is no fault
+	if took > time.Minute { // usually 0.1 to 0.4 s; a busy machine is no fault
 		t.Errorf("ready only after %s", took)
 	}
 }
@@ -215,8 +215,8 @@ func within[T any](t *testing.T, ch <-chan T) (v T) {
 	t.Helper()
 	select {
 	case v = <-ch:
-	case <-time.After(15 * time.Second):
-		t.Fatal("nothing happened in 15 s")
+	case <-time.After(time.Minute):
+		t.Fatal("nothing happened in a minute")
 	}
 	return v
 }
