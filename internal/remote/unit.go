@@ -33,8 +33,9 @@ import (
 // of that unit it is thrown away, and while it runs the other one is refused.
 //
 // So "not locked and no status" means that it was ended from outside. The folder
-// goes when its result has been read, and Run returns only then: each result is
-// returned once, unless the runner's own process dies in between.
+// goes when its result has been read, and Run returns only then: no later Run gets that
+// result, unless our own process dies in between. Of several processes that wait, those
+// that read after the first has cleared it away are told that it was taken.
 
 // flight is a script that finishes, and that somebody in this process waits for.
 type flight struct {

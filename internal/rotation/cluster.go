@@ -24,8 +24,8 @@ type Host interface {
 	Name() string
 	// Run runs a script and returns what it printed on standard output. An exit
 	// status other than 0 is a *ScriptError. If ctx ends or the connection is
-	// lost, a script that Finishes goes on to its end on the machine. Each result of
-	// one is returned to one process: another that waited for it gets [ErrResultTaken].
+	// lost, a script that Finishes goes on to its end on the machine. Where another
+	// process waits for it, too, the later of the two may get [ErrResultTaken].
 	Run(ctx context.Context, s Script) ([]byte, error)
 	// Put writes a file with owner root and the mode, atomically: beside it,
 	// synced, its hash compared, renamed. Missing folders are made with mode 0700.
