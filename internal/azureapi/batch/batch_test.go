@@ -196,7 +196,7 @@ func (w *world) do(method, url, body string, headers ...string) answer {
 // until asks again until ok, for at most ten seconds.
 func (w *world) until(what string, ok func() bool) {
 	w.t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			w.t.Fatalf("%s did not come", what)
 		}
